@@ -1,0 +1,389 @@
+"""Every MUST of docs/format.md on manifest.json and proof.json, broken."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from bundle_builders import a_manifest, a_proof, sealed
+
+from artifacts.errors import IntegrityError, SchemaError
+from artifacts.manifest import FileEntry, Manifest
+from artifacts.proof import Proof
+
+Document = dict[str, Any]
+
+
+def a_document() -> Document:
+    weights = tuple(f"weights/{digit * 64}.bin" for digit in "ab")
+    files = [FileEntry(path, 9, path[8:72]) for path in weights]
+    files += [FileEntry(name, 5, "c" * 64) for name in ("cpu-fp32.onnx", "cpu-int8.onnx", "processor/tokenizer.json")]
+    return json.loads(replace(a_manifest(weights), files=tuple(files)).to_json())
+
+
+def a_payload() -> Document:
+    return json.loads(a_proof().to_json())["payload"]
+
+
+def refuse(document: object, match: str) -> None:
+    data = document if isinstance(document, bytes) else json.dumps(document).encode()
+    with pytest.raises(SchemaError, match=match):
+        Manifest.parse(data)
+
+
+def refuse_proof(payload: Document, match: str) -> None:
+    with pytest.raises(SchemaError, match=match):
+        Proof.parse(sealed(payload))
+
+
+def test_the_documents_that_are_altered_here_are_sound():
+    Manifest.parse(json.dumps(a_document()).encode())
+    Proof.parse(sealed(a_payload()))
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"\xff\xfe{}", "no JSON"),
+        (b"\xef\xbb\xbf{}", "no JSON"),
+        (b"[]", "no object"),
+        (b"1", "no object"),
+        (b"null", "no object"),
+        (b'{"schema": NaN}', "NaN is no number"),
+        (b'{"schema": -Infinity}', "-Infinity is no number"),
+        (b"{} {}", "no JSON"),
+        (b'{"a": "\n"}', "no JSON"),
+        (b'{"schema": ' + b"9" * 5000 + b"}", "no JSON"),
+    ],
+)
+def test_j1_no_json(data, match):
+    refuse(data, f"manifest.json: .*{match}")
+    with pytest.raises(SchemaError, match=rf"proof\.json: .*{match}"):
+        Proof.parse(data)
+
+
+def test_j1_numbers_out_of_range():
+    data = json.dumps(a_document()).encode()
+    assert b'"tolerance": 0.05' in data
+    refuse(data.replace(b'"tolerance": 0.05', b'"tolerance": 1e999'), r"variants\[1\].tolerance: .*out of range")
+
+
+def test_j2_key_twice():
+    data = json.dumps(a_document()).encode()
+    refuse(data.replace(b'{"files"', b'{"name": "other", "files"'), "'name' stands twice")
+    refuse(data.replace(b'"kind":', b'"kind": "onnx", "kind":'), "'kind' stands twice")
+    proof = a_proof().to_json().replace(b'"schema"', b'"sha256": "", "schema"')
+    with pytest.raises(SchemaError, match="'sha256' stands twice"):
+        Proof.parse(proof)
+
+
+def test_j3_bounds():
+    document = a_document()
+    document["variants"][0]["pipeline"] = "x" * 65_537
+    refuse(document, r"variants\[0\].pipeline: a string of 65537 characters")
+    document = a_document()
+    document["processor"]["labels"] = ["x"] * 200_001
+    refuse(document, "processor.labels: 200001 items")
+    document = a_document()
+    document["processor"]["pad_id"] = 2**53 + 1
+    refuse(document, "processor.pad_id: .*out of range")
+    refuse(b" " * (16 << 20) + json.dumps(a_document()).encode(), "16777216 are allowed")
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+        refuse(opening * 100_000 + b"1" + closing * 100_000, "nested too deeply")
+    for depth in (100, 300, 500, 900):
+        refuse(b'{"schema": 1, "name": ' + b"[" * depth + b"]" * depth + b"}", "manifest.json")
+
+
+def test_j4_schema():
+    for schema in (2, 10**4000):
+        refuse({"schema": schema, "what": "the future holds"}, "made by a newer hasten.*upgrade hasten")
+    for schema in (0, -1):
+        refuse(a_document() | {"schema": schema}, "there is no schema")
+    for schema in ("1", 1.0, True, None, [1]):
+        refuse(a_document() | {"schema": schema}, "schema: missing or no integer")
+    refuse({}, "schema: missing")
+    with pytest.raises(SchemaError, match="upgrade hasten"):
+        Proof.parse(json.dumps({"schema": 2}).encode())
+
+
+def objects(value: object, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all objects in a document."""
+    if isinstance(value, dict):
+        found = [place]
+        return found + [inner for key, item in value.items() for inner in objects(item, (*place, key))]
+    if isinstance(value, list):
+        return [inner for index, item in enumerate(value) for inner in objects(item, (*place, index))]
+    return []
+
+
+def at(document: Any, place: tuple[Any, ...]) -> Any:
+    for step in place:
+        document = document[step]
+    return document
+
+
+def test_j5_keys():
+    for place in objects(a_document()):
+        if place == ("toolchain",):
+            continue
+        document = a_document()
+        at(document, place)["surprise"] = 1
+        refuse(document, "unknown key 'surprise'")
+        for key in at(a_document(), place):
+            document = a_document()
+            del at(document, place)[key]
+            refuse(document, "missing")
+    for place in objects(a_payload()):
+        payload = a_payload()
+        at(payload, place)["surprise"] = 1
+        refuse_proof(payload, "unknown key 'surprise'")
+        for key in at(a_payload(), place):
+            payload = a_payload()
+            del at(payload, place)[key]
+            refuse_proof(payload, f"'{key}' is missing")
+    for broken in ({"schema": 1}, {"schema": 1, "sha256": "0" * 64}, {"schema": 1, "sha256": "0" * 64, "payload": []}):
+        with pytest.raises(SchemaError, match=r"proof\.json"):
+            Proof.parse(json.dumps(broken).encode())
+
+
+def leaves(value: object, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of everything in a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(inner for key, item in items for inner in leaves(item, (*place, key)))]
+
+
+def kind_of(value: object) -> str:
+    return {int: "number", float: "number"}.get(type(value), type(value).__name__)
+
+
+def test_j6_types():
+    wrong: list[Any] = ["text", 7, True, [], {}, None]
+    for place in leaves(a_document()):
+        if place in ((), ("schema",)) or place[-2:-1] == ("shape",):
+            continue
+        for value in wrong:
+            if kind_of(value) == kind_of(at(a_document(), place)) or (place == ("processor",) and value is None):
+                continue
+            document = a_document()
+            at(document, place[:-1])[place[-1]] = value
+            refuse(document, "manifest.json: ")
+    for place, value in ((("files", 0, "size"), 9.0), (("processor", "pad_id"), 1e3), (("processor", "pairs"), 1)):
+        document = a_document()
+        at(document, place[:-1])[place[-1]] = value
+        refuse(document, "expected")
+    document = a_document()
+    document["inputs"][0]["shape"] = ["batch", None]
+    refuse(document, r"inputs\[0\].shape\[1\]: None has the wrong type")
+
+
+@pytest.mark.parametrize("character", ["\0", "\n", "\x1b", "\x7f", "\x9b", "\u2028", "\u202e", "\u2066", "\ud800"])
+def test_j7_control_characters(character):
+    for place in (("name",), ("source", "name"), ("processor", "labels", 0), ("variants", 0, "pipeline")):
+        document = a_document()
+        at(document, place[:-1])[place[-1]] = f"a{character}b"
+        refuse(document, "control character")
+    document = a_document()
+    document["toolchain"][f"a{character}"] = "1"
+    refuse(document, "control character")
+    document = a_document()
+    document[f"a{character}"] = "1"
+    with pytest.raises(SchemaError) as raised:
+        Manifest.parse(json.dumps(document).encode())
+    assert character not in str(raised.value)
+    payload = a_payload()
+    payload["variants"][0]["reason"] = f"a{character}b"
+    refuse_proof(payload, "control character")
+
+
+PATHS = [
+    ("/etc/passwd", "absolute"),
+    ("\\\\server\\share", "absolute"),
+    ("C:/Windows", "absolute"),
+    ("c:x", "absolute"),
+    ("../escape", "part '..'"),
+    ("processor/../../escape", "part '..'"),
+    ("processor/..", "part '..'"),
+    ("./x", "part '.'"),
+    ("", "part ''"),
+    ("a//b", "part ''"),
+    ("a/", "part ''"),
+    ("..\\x", "no portable path"),
+    ("a\\b", "no portable path"),
+    (".hidden", "no portable path"),
+    ("-rf", "no portable path"),
+    ("a.", "no portable path"),
+    ("a ", "no portable path"),
+    ("ab:stream", "no portable path"),
+    ("naïve", "no portable path"),
+    ("\u0430", "no portable path"),  # Cyrillic
+    ("CON", "no portable path"),
+    ("x/nul.txt", "no portable path"),
+    ("~", "no portable path"),
+    ("a" * 101, "no portable path"),
+    ("/".join(["a" * 50] * 3), "150 are allowed"),
+]
+
+
+@pytest.mark.parametrize(("path", "match"), PATHS)
+def test_m1_paths(path, match):
+    document = a_document()
+    document["files"].append({"path": path, "size": 1, "sha256": "0" * 64})
+    refuse(document, rf"files\[5\].path: .*{match}")
+    document = a_document()
+    document["processor"]["tokenizer"] = path
+    refuse(document, rf"processor.tokenizer: .*{match}")
+    document = a_document()
+    document["variants"][0]["weights"][0] = path
+    refuse(document, r"variants\[0\].weights\[0\]: ")
+    document = a_document()
+    document["variants"][0]["model"] = path
+    refuse(document, r"variants\[0\].model: ")
+    payload = a_payload()
+    payload["files"].append({"path": path, "size": 1, "sha256": "0" * 64})
+    refuse_proof(payload, match)
+
+
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        ("cpu-int8.onnx", "stands twice"),
+        ("CPU-int8.onnx", "stands twice"),
+        ("processor", "is a file and the folder of"),
+        ("PROCESSOR", "is a file and the folder of"),
+        ("cpu-int8.onnx/inside", "is a file and the folder of"),
+        ("manifest.json", "another document"),
+        ("Proof.JSON", "another document"),
+        ("proof.json/inside", "another document"),
+    ],
+)
+def test_m2_paths_that_clash(path, match):
+    document = a_document()
+    document["files"].append({"path": path, "size": 1, "sha256": "0" * 64})
+    refuse(document, f"files.*{match}")
+
+
+def test_m3_sizes_and_hashes():
+    for size in (-1, 2**44 + 1, 2**53 + 1, 10**30):
+        document = a_document()
+        document["files"][0]["size"] = size
+        refuse(document, r"files\[0\].size")
+    for digest in ("", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "٠" * 64, "0" * 64 + "\n"):
+        document = a_document()
+        document["files"][4]["sha256"] = digest
+        refuse(document, r"files\[4\].sha256")
+    document = a_document()
+    document["files"] += [{"path": f"x{index}", "size": 2**44, "sha256": "0" * 64} for index in range(513)]
+    refuse(document, "add up to too much")
+
+
+def test_m4_variants():
+    for identity in ("", "CPU", "a/b", "..", ".a", "-a", "a" * 65, "ü", "a b"):
+        document = a_document()
+        document["variants"][0] |= {"id": identity, "model": f"{identity}.onnx"}
+        refuse(document, r"variants\[0\].id")
+    document = a_document()
+    document["variants"][0] |= {"id": "con", "model": "con.onnx"}
+    refuse(document, "no portable path")
+    document = a_document()
+    document["variants"][0]["model"] = "cpu-int8.onnx"
+    refuse(document, r"variants\[0\].model: .*is not 'cpu-fp32.onnx'")
+    document = a_document()
+    document["variants"][0] |= {"id": "other", "model": "other.onnx"}
+    refuse(document, "'other.onnx' is not listed in files")
+    document = a_document()
+    document["variants"].append(document["variants"][0])
+    refuse(document, r"variants\[2\]: the id 'cpu-fp32' stands twice")
+    document = a_document()
+    document["variants"] = document["variants"] * 150
+    refuse(document, "300 variants; 256 are allowed")
+
+
+def test_m5_weights():
+    a, unlisted = f"weights/{'a' * 64}.bin", f"weights/{'f' * 64}.bin"
+    for weights, match in (
+        ([a, unlisted], "not listed in files"),
+        ([a, a], "stands twice"),
+        (["processor/tokenizer.json"], "is no weights/<sha256>.bin"),
+        (["weights/x.bin"], "is no weights/<sha256>.bin"),
+    ):
+        document = a_document()
+        document["variants"][0]["weights"] = weights
+        refuse(document, rf"variants\[0\].weights.*{match}")
+    document = a_document()
+    document["files"][0]["sha256"] = "d" * 64
+    refuse(document, "not named by its hash")
+    document = a_document()
+    document["files"].append({"path": "weights/x.py", "size": 1, "sha256": "0" * 64})
+    refuse(document, "not named by its hash")
+    document = a_document()
+    document["files"].append({"path": unlisted, "size": 1, "sha256": "f" * 64})
+    refuse(document, "no variant refers to")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("task",), "text-generation"),
+        (("name",), ""),
+        (("name",), "x" * 257),
+        (("source", "kind"), "pickle"),
+        (("source", "digest"), "md5:00"),
+        (("inputs", 0, "dtype"), "object"),
+        (("inputs", 0, "shape", 0), -1),
+        (("inputs", 0, "shape", 0), 2**40),
+        (("inputs", 0, "shape", 0), ""),
+        (("processor", "problem"), "other"),
+        (("processor", "max_length"), 0),
+        (("processor", "max_length"), 2**25),
+        (("processor", "pad_id"), -1),
+        (("variants", 0, "target"), "CPU!"),
+        (("variants", 0, "providers", 0), "CPU"),
+        (("variants", 0, "providers", 0), "../evil.soExecutionProvider"),
+        (("variants", 0, "precision"), ""),
+        (("variants", 0, "tolerance"), -0.1),
+        (("variants", 0, "tolerance"), 1.1),
+        (("variants", 0, "session", "optimization_level"), "99"),
+        (("variants", 0, "session", "disabled_optimizers", 0), "a;b"),
+        (("variants", 0, "session", "disabled_optimizers", 0), ""),
+        (("variants", 0, "session", "precision"), "int1"),
+    ],
+)
+def test_m6_vocabularies(place, value):
+    document = a_document()
+    at(document, place[:-1])[place[-1]] = value
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+    with pytest.raises(SchemaError) as raised:
+        Manifest.parse(json.dumps(document).encode())
+    assert f"manifest.json: {key}: " in str(raised.value)
+
+
+def test_m7_at_least_one():
+    for name in ("variants", "inputs", "outputs"):
+        refuse(a_document() | {name: []}, f"{name}: at least one is needed")
+    for name in ("inputs", "outputs"):
+        document = a_document()
+        document[name] = document[name] * 2
+        refuse(document, rf"{name}\[1\]: the name .* stands twice")
+    document = a_document()
+    document["variants"][0]["providers"] = []
+    refuse(document, r"variants\[0\].providers: at least one")
+    document["variants"][0]["providers"] = ["CPUExecutionProvider"] * 2
+    refuse(document, r"variants\[0\].providers: a provider stands twice")
+
+
+def test_m8_processor():
+    refuse(a_document() | {"processor": None}, "processor: the task text-classification needs one")
+    document = a_document()
+    document["processor"]["tokenizer"] = "processor/other.json"
+    refuse(document, "processor.tokenizer: 'processor/other.json' is not listed")
+
+
+def test_the_errors_are_of_the_tree():
+    assert SchemaError.exit_code == IntegrityError.exit_code == 6
+    with pytest.raises(SchemaError) as raised:
+        Manifest.parse(json.dumps(a_document() | {"name": "a\n\x1b[31mb"}).encode())
+    assert "\n" not in str(raised.value)
