@@ -1,0 +1,1 @@
+"""Run a bundle: probe providers, choose by evidence, tokenize, infer. Needs neither torch nor onnx."""

@@ -1,0 +1,257 @@
+"""How fast a bundle is here: latency and throughput over batch and length, and the ratio to another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.bundle import Bundle, open_bundle
+from artifacts.errors import UsageError
+from artifacts.manifest import TensorSpec
+from artifacts.proof import Machine
+
+from .client import Feeds, Ratio, Timings, Worker
+from .decide import Decision, decide, find_short
+from .fingerprint import machine
+from .golden import load_golden
+
+REFERENCE = "reference"
+"""Id of the variant that `--keep-reference` leaves in a bundle."""
+ROUNDS = 5
+"""Blocks that the measuring of one model at one shape is split into, so that noise meets both models alike."""
+_OURS, _THEIRS = "ours", "theirs"
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One shape.
+
+    Attributes:
+        batch: Rows of the inputs.
+        length: Tokens of each row, all attended.
+        p50_ms: Median latency of a call, milliseconds.
+        p90_ms: 90th percentile.
+        p99_ms: 99th percentile.
+        per_second: Rows per second.
+        calls: Calls measured.
+        against_ms: Median latency of the other model; None without one.
+        ratio: How many times faster than the other model, with quartiles over the rounds; None without one.
+    """
+
+    batch: int
+    length: int
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    per_second: float
+    calls: int
+    against_ms: float | None = None
+    ratio: Ratio | None = None
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What `bench` measured, and on what.
+
+    Attributes:
+        name: Name of the model.
+        variant: Variant measured.
+        provider: Execution provider it ran on.
+        device: Device it ran on.
+        threads: Threads within an operator; 0: one a physical core.
+        against: What it was compared with: ``variant on provider``, after the path if another bundle; empty: nothing.
+        machine: This machine.
+        rows: A row a shape.
+        ratio: How many times faster over all shapes (geometric mean); None without a comparison.
+    """
+
+    name: str
+    variant: str
+    provider: str
+    device: str
+    threads: int
+    against: str
+    machine: Machine
+    rows: tuple[BenchRow, ...]
+    ratio: Ratio | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+
+def bench(
+    bundle: Bundle,
+    *,
+    variant: str | None = None,
+    against: str | Path | None = None,
+    batches: Sequence[int] = (1, 16),
+    lengths: Sequence[int] = (32, 128),
+    seconds: float = 1.0,
+    threads: int = 0,
+    device: str | None = None,
+    provider: str | None = None,
+) -> BenchReport:
+    """Measure a bundle, each model in a child process of its own; two models in turn, A B A B.
+
+    Inputs are random ids within the range of the golden inputs', every token attended.
+
+    Args:
+        bundle: The bundle.
+        variant: Which variant; None: the one that `load` would choose.
+        against: ``"reference"``: that variant of the same bundle. Else the path of another bundle.
+        batches: Rows.
+        lengths: Tokens a row.
+        seconds: Seconds of measuring for each model and shape, warm-up not counted.
+        threads: Threads within an operator; 0: one a physical core.
+        device: ``cpu``, ``cuda:1``...; None: any.
+        provider: Execution provider; None: any.
+
+    Raises:
+        UsageError: A number is not positive, a length is beyond the model's, there is no such variant, no reference in
+            the bundle, or the other bundle takes other inputs.
+        ProviderError: A model does not run here.
+    """
+    _check(bundle, batches, lengths, seconds, threads)
+    other, wanted = _opponent(bundle, against)
+    chosen = decide(bundle, device=device, provider=provider, variant=variant, threads=threads)
+    models = {_OURS: (bundle, chosen)}
+    if other is not None:
+        models[_THEIRS] = other, decide(other, device=device, variant=wanted, threads=threads)
+    shapes = _shapes(bundle, batches, lengths)
+    times = _measure(models, [feeds for _, feeds in shapes], seconds, threads)
+    timings = Timings({name: tuple(map(_medians, shape_times)) for name, shape_times in times.items()})
+    return BenchReport(
+        name=bundle.manifest.name,
+        variant=chosen.variant,
+        provider=chosen.provider,
+        device=chosen.device,
+        threads=threads,
+        against=_named(against, models[_THEIRS][1]) if _THEIRS in models else "",
+        machine=machine(),
+        rows=tuple(_row(times, timings, index, shape) for index, (shape, _) in enumerate(shapes)),
+        ratio=timings.ratio(_THEIRS, _OURS) if _THEIRS in models else None,
+    )
+
+
+def _check(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int], seconds: float, threads: int) -> None:
+    for name, values in (("batches", batches), ("lengths", lengths)):
+        if not values or any(value < 1 for value in values):
+            raise UsageError(f"{name} {list(values)} are not positive numbers", "Give at least one, each >= 1")
+    if not seconds > 0.0 or threads < 0:
+        raise UsageError(f"seconds is {seconds}, threads is {threads}", "seconds > 0; threads >= 0, 0 for all cores")
+    processor = bundle.manifest.processor
+    if processor is not None and max(lengths) > processor.max_length:
+        raise UsageError(
+            f"length {max(lengths)} is beyond the model's {processor.max_length} tokens", "Give a shorter one"
+        )
+
+
+def _opponent(bundle: Bundle, against: str | Path | None) -> tuple[Bundle | None, str | None]:
+    """The other bundle, and which variant of it (None: the one that `load` would choose)."""
+    if against is None:
+        return None, None
+    if against == REFERENCE:
+        if all(variant.id != REFERENCE for variant in bundle.manifest.variants):
+            raise UsageError(f"{bundle.path} holds no reference variant", "Compile it with --keep-reference")
+        return bundle, REFERENCE
+    other = open_bundle(Path(against))
+    mine, its = (sorted(spec.name for spec in one.manifest.inputs) for one in (bundle, other))
+    if mine != its:
+        raise UsageError(
+            f"{against} takes {', '.join(its)}, not {', '.join(mine)}", "Compare models of the same inputs"
+        )
+    return other, None
+
+
+def _named(against: str | Path | None, decision: Decision) -> str:
+    where = "" if against == REFERENCE else f"{against}: "
+    return f"{where}{decision.variant} on {find_short(decision.provider)}"
+
+
+def _medians(blocks: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Milliseconds of each round."""
+    return tuple(median(block) * 1e3 for block in blocks)
+
+
+def _shapes(
+    bundle: Bundle, batches: Sequence[int], lengths: Sequence[int]
+) -> list[tuple[tuple[int, int], dict[str, NDArray[Any]]]]:
+    """(batch, length) and feeds of each shape; a graph with fixed extents has fewer shapes than asked for."""
+    golden = load_golden(bundle).feeds
+    rng = np.random.default_rng(_SEED)
+    found: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
+    for batch in batches:
+        for length in lengths:
+            feeds = {s.name: synthetic(s, golden[s.name], batch, length, rng) for s in bundle.manifest.inputs}
+            first = next(iter(feeds.values())).shape
+            found.setdefault((first[0] if first else 1, first[1] if len(first) > 1 else length), feeds)
+    return list(found.items())
+
+
+def synthetic(
+    spec: TensorSpec, golden: NDArray[Any], batch: int, length: int, rng: np.random.Generator
+) -> NDArray[Any]:
+    """A random array for an input, within the range of its golden values; masks all ones, token types all the lowest.
+
+    A dynamic first axis becomes ``batch``, every other dynamic axis ``length``.
+    """
+    shape = tuple(
+        extent if isinstance(extent, int) else (length if axis else batch) for axis, extent in enumerate(spec.shape)
+    )
+    if "mask" in spec.name:
+        return np.ones(shape, golden.dtype)
+    low, high = (golden.min(), golden.max()) if golden.size else (golden.dtype.type(0), golden.dtype.type(1))
+    if "type" in spec.name or golden.dtype.kind == "b":
+        return np.full(shape, low, golden.dtype)
+    if golden.dtype.kind in "iu":
+        return rng.integers(low, high, shape, golden.dtype, endpoint=True)
+    return rng.uniform(float(low), float(high), shape).astype(golden.dtype)
+
+
+def _measure(
+    models: Mapping[str, tuple[Bundle, Decision]], shapes: Sequence[Feeds], seconds: float, threads: int
+) -> dict[str, list[list[list[float]]]]:
+    """Model -> shape -> round -> seconds of each call."""
+    times: dict[str, list[list[list[float]]]] = {name: [[] for _ in shapes] for name in models}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(_worker(*model, threads)) for name, model in models.items()}
+        for _ in range(ROUNDS):
+            for index, feeds in enumerate(shapes):
+                for name, worker in workers.items():
+                    times[name][index].append(worker.time(feeds, seconds=seconds / ROUNDS))
+    return times
+
+
+def _worker(bundle: Bundle, decision: Decision, threads: int) -> Worker:
+    variant = bundle.variant(decision.variant)
+    model = bundle.path / variant.model
+    return Worker(model, decision.provider, options=variant.session, device=decision.device, threads=threads)
+
+
+def _row(
+    times: Mapping[str, list[list[list[float]]]], timings: Timings, index: int, shape: tuple[int, int]
+) -> BenchRow:
+    calls = np.concatenate(times[_OURS][index]) * 1e3
+    p50, p90, p99 = (float(value) for value in np.percentile(calls, (50, 90, 99)))
+    compared = _THEIRS in times
+    return BenchRow(
+        batch=shape[0],
+        length=shape[1],
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        per_second=shape[0] / (float(calls.mean()) / 1e3),
+        calls=len(calls),
+        against_ms=timings.ms(_THEIRS, index) if compared else None,
+        ratio=timings.ratio(_THEIRS, _OURS, index) if compared else None,
+    )

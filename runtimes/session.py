@@ -1,0 +1,183 @@
+"""One loaded graph on one execution provider."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.errors import ProviderError
+from artifacts.manifest import SessionOptions, TensorSpec
+from artifacts.target import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, TENSORRT_PROVIDER
+
+from .environment import ORT_ERRORS, ep_devices, physical_cores, register_openvino, short_reason
+from .environment import onnxruntime as ort
+from .providers import find, parse_device, preload, translate, why_not
+
+Feeds = Mapping[str, NDArray[Any]]
+
+_LEVELS = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_DTYPES = {"float": "float32", "double": "float64", "bool": "bool", "string": "str"}
+_ERROR_LEVEL = 3
+
+
+class Session:
+    """A graph loaded on a provider, ready to run. Safe to call from several threads, as ONNX Runtime's sessions are.
+
+    Args:
+        model: The ``.onnx`` file; its external data lies beside or below it.
+        provider: Execution provider, by full name.
+        options: What the variant fixes of ONNX Runtime's own optimizers and of the provider's precision.
+        device: ``cpu``, ``cuda``, ``cuda:1``...
+        threads: Threads within an operator; 0 means the physical cores this process may use.
+        record_assignment: Keep which node went to which provider, for :meth:`assignment`.
+        io_binding: Bind tensors to the device; None means where it gains (CUDA, TensorRT).
+        optimized: Write the graph that ONNX Runtime made of the model to this file.
+
+    Raises:
+        ProviderError: ONNX Runtime or the provider refuses the model, or would have fallen back to another provider.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        provider: str,
+        *,
+        options: SessionOptions,
+        device: str = "",
+        threads: int = 0,
+        record_assignment: bool = False,
+        io_binding: bool | None = None,
+        optimized: Path | None = None,
+    ) -> None:
+        self.provider = provider
+        self.device = device or find(provider).devices[0]
+        self.threads = threads or physical_cores()
+        self._device_kind, self._device_index = parse_device(self.device)
+        self._bind = provider in (CUDA_PROVIDER, TENSORRT_PROVIDER) if io_binding is None else io_binding
+        settings = self._settings(options, record_assignment, optimized)
+        self._session = self._open(model, settings, options)
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._names = [spec.name for spec in self.outputs]
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Outputs by name.
+
+        Raises:
+            ProviderError: The feeds do not fit the graph, or execution failed.
+        """
+        if self._session is None:
+            raise ProviderError("the session is closed")
+        try:
+            values = self._run_bound(feeds) if self._bind else self._session.run(self._names, feeds)
+        except ORT_ERRORS as error:
+            raise ProviderError(f"{find(self.provider).short} cannot run the model: {short_reason(error)}") from error
+        return dict(zip(self._names, values, strict=True))
+
+    def assignment(self) -> dict[str, tuple[tuple[str, str], ...]]:
+        """(node name, operator type) by provider, as partitioned at load. Needs ``record_assignment=True``."""
+        nodes: dict[str, list[tuple[str, str]]] = {}
+        if self._session is None:
+            raise ProviderError("the session is closed")
+        try:
+            groups = self._session.get_provider_graph_assignment_info()
+        except ORT_ERRORS as error:
+            raise ProviderError(f"the node assignment was not recorded: {short_reason(error)}") from error
+        for group in groups:
+            nodes.setdefault(group.ep_name, []).extend((node.name, node.op_type) for node in group.get_nodes())
+        return {name: tuple(found) for name, found in nodes.items()}
+
+    def fallback(self) -> tuple[str, ...]:
+        """``name (operator)`` of the nodes that another provider runs. Needs ``record_assignment=True``."""
+        return tuple(
+            f"{name or '?'} ({operator})"
+            for provider, nodes in self.assignment().items()
+            if provider != self.provider
+            for name, operator in nodes
+        )
+
+    def close(self) -> None:
+        """Free the graph and its threads."""
+        self._session = None
+
+    def _settings(self, options: SessionOptions, record: bool, optimized: Path | None) -> ort.SessionOptions:
+        settings = ort.SessionOptions()
+        settings.log_severity_level = _ERROR_LEVEL
+        settings.intra_op_num_threads = self.threads
+        settings.graph_optimization_level = _LEVELS[options.optimization_level]
+        # An idle session must not burn the cores that another one, or the tokenizer, needs. Measured so, shipped so.
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        if record:
+            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if optimized is not None:
+            settings.optimized_model_filepath = str(optimized)
+        return settings
+
+    def _open(self, model: Path, settings: ort.SessionOptions, options: SessionOptions) -> ort.InferenceSession:
+        arguments: dict[str, Any] = {"enable_fallback": 0}
+        if options.disabled_optimizers:
+            arguments["disabled_optimizers"] = list(options.disabled_optimizers)
+        told = translate(options, self.provider, device=self.device, threads=self.threads)
+        short = find(self.provider).short
+        try:
+            if self.provider == OPENVINO_PROVIDER:
+                settings.add_provider_for_devices(self._plugin_devices(), told)
+            else:
+                preload(self.provider)
+                arguments["providers"] = _with_fallbacks(self.provider, told)
+            session = ort.InferenceSession(str(model), settings, **arguments)
+        except ORT_ERRORS as error:
+            if missing := why_not(self.provider):
+                raise ProviderError(f"{short} does not work here: {missing}") from error
+            raise ProviderError(f"{short} cannot load {model.name}: {short_reason(error)}") from error
+        got = session.get_providers()
+        if not got or got[0] != self.provider:
+            reason = why_not(self.provider) or f"ONNX Runtime fell back to {', '.join(got) or 'nothing'}"
+            raise ProviderError(f"{short} does not work here: {reason}")
+        return session
+
+    def _plugin_devices(self) -> list[Any]:
+        register_openvino()
+        found = [d for d in ep_devices(self.provider) if d.device.type.name.lower() == self._device_kind]
+        if self._device_index >= len(found):
+            raise ProviderError(f"openvino has no device {self.device} here")
+        return found[self._device_index : self._device_index + 1]
+
+    def _run_bound(self, feeds: Feeds) -> list[NDArray[Any]]:
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            array = np.ascontiguousarray(value)
+            copy = ort.OrtValue.ortvalue_from_numpy(array, self._device_kind, self._device_index)
+            binding.bind_ortvalue_input(name, copy)
+        for name in self._names:
+            binding.bind_output(name, self._device_kind, self._device_index)
+        self._session.run_with_iobinding(binding)
+        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return outputs
+
+
+def _with_fallbacks(provider: str, told: dict[str, str]) -> list[tuple[str, dict[str, str]]]:
+    # The CPU provider is always there for what the asked one leaves; TensorRT leaves it to CUDA first.
+    chain = [(provider, told)]
+    if provider == TENSORRT_PROVIDER:
+        chain.append((CUDA_PROVIDER, {"device_id": told["device_id"]}))
+    if provider != CPU_PROVIDER:
+        chain.append((CPU_PROVIDER, {}))
+    return chain
+
+
+def _spec(value: ort.NodeArg) -> TensorSpec:
+    match = re.fullmatch(r"tensor\((\w+)\)", value.type)
+    name = match.group(1) if match else value.type
+    shape = tuple(size if isinstance(size, int) else size or "?" for size in value.shape)
+    return TensorSpec(value.name, _DTYPES.get(name, name), shape)
