@@ -1,0 +1,12 @@
+"""Fusion: chains of operators that a runtime has one kernel for, and the way back for runtimes that have none."""
+
+from __future__ import annotations
+
+from .fuse_attention import FuseAttention
+from .fuse_bias_gelu import FuseBiasGelu
+from .fuse_gelu import FuseGelu
+from .fuse_layer_norm import FuseLayerNorm
+from .fuse_skip_layer_norm import FuseSkipLayerNorm
+from .unfuse_attention import UnfuseAttention
+
+__all__ = ["FuseAttention", "FuseBiasGelu", "FuseGelu", "FuseLayerNorm", "FuseSkipLayerNorm", "UnfuseAttention"]

@@ -1,0 +1,176 @@
+"""int8 weights and activations for linear operators, with the range of the activations found while the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.sites import LinearSite, constant_of, linear_sites
+from passes.splice import Names, add_constant, label, new_node, new_value, take_place
+from passes.surgery import is_operator, needed, opset, remove_dead
+
+from .arithmetic import quantize_columns
+
+MINIMUM_SIDE = 16
+"""Smallest K and N worth the cost of quantizing the input; below, the integer kernels win nothing."""
+
+_FIRST_OPSET = 11
+"""The opset in which DynamicQuantizeLinear appeared."""
+
+
+@dataclass(frozen=True)
+class DynamicInt8:
+    """Quantize the weights of linear operators to int8 per output channel, and their inputs to uint8 at run time.
+
+    | before            | after |
+    |-------------------|-------|
+    | MatMul(x, W)      | q, s, z = DynamicQuantizeLinear(x); Mul(Cast(MatMulInteger(q, W_int8, z)), Mul(s, W_scale)) |
+    | Gemm(x, W, b)     | the same on W (transposed once, here, for transB = 1), then Add(b) |
+
+    One DynamicQuantizeLinear serves all sites that read the same value (query, key and value). A weight that several
+    sites share is quantized once; a weight that other nodes read too is kept beside its int8 form. The operators are
+    standard ones; ONNX Runtime fuses them into MatMulIntegerToFloat or DynamicQuantizeMatMul when it loads the graph.
+
+    Refused: targets without integer kernels for it; opset < 11; a MatMul or Gemm without a constant right operand, or
+    with alpha, beta or transA; a weight that is not float32, not finite, or has a side shorter than 16; sites that
+    ``skip`` names; a pattern in ``skip`` that fits no site.
+
+    Attributes:
+        reduce_range: 7-bit weights, for CPUs without VNNI: their kernels saturate on 8 bits.
+        skip: Module paths to leave alone; ``*`` and ``?`` are wildcards, and ``*`` also spans dots.
+    """
+
+    name: ClassVar[str] = "dynamic-int8"
+    effect: ClassVar[Effect] = Effect.LOSSY
+    purpose: ClassVar[Purpose] = Purpose.SIZE
+
+    reduce_range: bool = False
+    skip: tuple[str, ...] = ()
+
+    def run(self, model: ir.Model, context: Context) -> Outcome:
+        """Rewrite the linear sites of ``model`` in place. Quantized sites are no sites any more: a rerun changes 0."""
+        unfit = _unfit(model, context)
+        if unfit is not None:
+            return Outcome(0, (unfit,))
+        sites = linear_sites(model)
+        refused = _not_sites(model, sites) + self._idle_patterns(sites)
+        rewriting = _Rewriting(model.graph, self.reduce_range)
+        for site in sites:
+            refusal = self._refusal(site)
+            if refusal is None:
+                rewriting.rewrite(site)
+            else:
+                refused.append(refusal)
+        remove_dead(dict.fromkeys(rewriting.replaced))
+        return Outcome(len(rewriting.replaced), tuple(refused))
+
+    def _refusal(self, site: LinearSite) -> Refusal | None:
+        pattern = next((glob for glob in self.skip if fnmatchcase(site.path, glob)), None)
+        tensor = constant_of(site.weight)
+        if pattern is not None:
+            return Refusal(label(site.node), f"{site.path} is skipped by {pattern!r}", "take it out of skip")
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
+            return Refusal(label(site.node), "the weight is not float32", "quantize before the precision is changed")
+        if min(site.shape) < MINIMUM_SIDE:
+            return Refusal(label(site.node), f"a weight of {site.shape[0]} x {site.shape[1]} is too small to gain")
+        if not np.isfinite(tensor.numpy()).all():
+            return Refusal(label(site.node), "the weight has values that are not finite", "repair the checkpoint")
+        return None
+
+    def _idle_patterns(self, sites: tuple[LinearSite, ...]) -> list[Refusal]:
+        return [
+            Refusal(glob, "the skip pattern fits no linear operator", "compare it with the module paths of the model")
+            for glob in self.skip
+            if not any(fnmatchcase(site.path, glob) for site in sites)
+        ]
+
+
+class _Rewriting:
+    """One run over one graph: what is shared between sites."""
+
+    def __init__(self, graph: ir.Graph, reduce_range: bool) -> None:
+        self._graph = graph
+        self._reduce_range = reduce_range
+        self._names = Names(graph)
+        self._inputs: dict[ir.Value, ir.Node] = {}
+        self._weights: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
+        self.replaced: list[ir.Value] = []
+
+    def rewrite(self, site: LinearSite) -> None:
+        """Put the integer chain in the place of the site's node."""
+        quantized, step, zero_point = self._quantized_input(site).outputs
+        weight, scale = self._quantized_weight(site)
+        base = site.output.name or label(site.node)
+        shape = site.output.shape
+        product = new_value(self._names.fresh(f"{base}_int32"), ir.DataType.INT32, shape)
+        unscaled = new_value(self._names.fresh(f"{base}_unscaled"), ir.DataType.FLOAT, shape)
+        scales = new_value(self._names.fresh(f"{base}_scales"), ir.DataType.FLOAT, scale.shape)
+        last = new_value(self._names.fresh(f"{base}_scaled"), ir.DataType.FLOAT, shape)
+        nodes = [
+            new_node("MatMulInteger", [quantized, weight, zero_point], [product], site.node),
+            new_node("Cast", [product], [unscaled], site.node, {"to": ir.DataType.FLOAT}),
+            new_node("Mul", [step, scale], [scales], site.node),
+            new_node("Mul", [unscaled, scales], [last], site.node),
+        ]
+        if site.bias is not None:
+            unbiased, last = last, new_value(self._names.fresh(f"{base}_biased"), ir.DataType.FLOAT, shape)
+            nodes.append(new_node("Add", [unbiased, needed(site.node.inputs[2])], [last], site.node))
+        self._graph.insert_before(site.node, nodes)
+        take_place(last, site.output)
+        self._graph.remove(site.node, safe=True)
+        self.replaced.append(site.weight)
+
+    def _quantized_input(self, site: LinearSite) -> ir.Node:
+        # Not site.input: where that was the output of a site already rewritten, another value has taken its place.
+        source = needed(site.node.inputs[0])
+        node = self._inputs.get(source)
+        if node is None:
+            base = source.name or "x"
+            outputs = [
+                new_value(self._names.fresh(f"{base}_uint8"), ir.DataType.UINT8, source.shape),
+                new_value(self._names.fresh(f"{base}_scale"), ir.DataType.FLOAT, ir.Shape(())),
+                new_value(self._names.fresh(f"{base}_zero_point"), ir.DataType.UINT8, ir.Shape(())),
+            ]
+            node = new_node("DynamicQuantizeLinear", [source], outputs, site.node)
+            # Sites come in graph order, so the first one stands before all others that read this value.
+            self._graph.insert_before(site.node, node)
+            self._inputs[source] = node
+        return node
+
+    def _quantized_weight(self, site: LinearSite) -> tuple[ir.Value, ir.Value]:
+        key = (site.weight, site.transposed)
+        tensor = constant_of(site.weight)
+        if key not in self._weights and tensor is not None:
+            floats = tensor.numpy()
+            quantized = quantize_columns(floats.T if site.transposed else floats, reduce_range=self._reduce_range)
+            base = site.weight.name or f"{site.path}.weight"
+            self._weights[key] = (
+                add_constant(self._graph, self._names.fresh(f"{base}_int8"), quantized.values),
+                add_constant(self._graph, self._names.fresh(f"{base}_scale"), quantized.scale),
+            )
+        return self._weights[key]
+
+
+def _unfit(model: ir.Model, context: Context) -> Refusal | None:
+    if context.target.device != "cpu":
+        provider = context.target.provider
+        return Refusal("", f"{provider} has no kernel for DynamicQuantizeLinear", "compile for cpu or openvino")
+    if opset(model) < _FIRST_OPSET:
+        return Refusal(
+            "", f"opset {opset(model)} has no DynamicQuantizeLinear", "convert the model to opset 17 or later"
+        )
+    return None
+
+
+def _not_sites(model: ir.Model, sites: tuple[LinearSite, ...]) -> list[Refusal]:
+    nodes = {site.node for site in sites}
+    return [
+        Refusal(label(node), "no product with a constant matrix", "fold-constants where the operand could be constant")
+        for node in model.graph
+        if is_operator(node, "MatMul", "Gemm") and node not in nodes
+    ]

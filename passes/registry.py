@@ -1,0 +1,61 @@
+"""Every pass there is, in one explicit tuple, and the pipelines that other packages name."""
+
+from __future__ import annotations
+
+from .base import Pass
+from .cleanup import (
+    CollapseReshapes,
+    Finish,
+    FoldConstants,
+    HoistShapes,
+    InferShapes,
+    InlineFunctions,
+    MergeDuplicates,
+    RaiseOpset,
+    RemoveIdentities,
+    RemoveUnused,
+    ShareInitializers,
+    StripMetadata,
+)
+from .fusion import FuseAttention, FuseBiasGelu, FuseGelu, FuseLayerNorm, FuseSkipLayerNorm, UnfuseAttention
+from .precision import Float16
+from .quantize import DynamicInt8, Int8Embeddings
+
+REGISTRY: tuple[type[Pass], ...] = (
+    InlineFunctions,
+    RaiseOpset,
+    FoldConstants,
+    InferShapes,
+    HoistShapes,
+    RemoveIdentities,
+    MergeDuplicates,
+    CollapseReshapes,
+    ShareInitializers,
+    RemoveUnused,
+    StripMetadata,
+    Finish,
+    FuseAttention,
+    UnfuseAttention,
+    FuseLayerNorm,
+    FuseSkipLayerNorm,
+    FuseGelu,
+    FuseBiasGelu,
+    DynamicInt8,
+    Int8Embeddings,
+    Float16,
+)
+
+CLEAN: tuple[Pass, ...] = (
+    InlineFunctions(),
+    RaiseOpset(),
+    StripMetadata(),
+    FoldConstants(),
+    InferShapes(),
+    HoistShapes(),
+    ShareInitializers(),
+    RemoveIdentities(),
+    MergeDuplicates(),
+    CollapseReshapes(),
+    RemoveUnused(),
+)
+"""Brings any graph into the form the other passes expect. ``finish`` is not among them: it runs last, before saving."""
