@@ -1,0 +1,96 @@
+"""One state of a model on its way through a compile: the graph, how a session is to load it, and how far it is off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+
+from artifacts.manifest import SessionOptions
+from passes.base import Effect, Pass
+from passes.pipeline import Pipeline
+
+from .graphs import GraphFolder, SavedGraph
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A graph with everything that decides how it runs.
+
+    Attributes:
+        model: The graph in memory; its large tensors are maps of ``graph``'s weight files.
+        graph: The same on disk.
+        pipeline: The passes that made it.
+        session: How a session loads it.
+        tolerance: Relative L2 error against the reference that it may show, here or anywhere.
+        error: The error it shows here, on the golden inputs.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``: the narrowest format it computes in.
+    """
+
+    model: ir.Model
+    graph: SavedGraph
+    pipeline: Pipeline
+    session: SessionOptions
+    tolerance: float
+    error: float = 0.0
+    precision: str = "fp32"
+
+    def rewritten(self, model: ir.Model, folder: GraphFolder, passes: tuple[Pass, ...]) -> Candidate:
+        """This candidate after ``passes`` turned its graph into ``model``."""
+        precision = self.precision
+        for a_pass in passes:
+            precision = _PRECISIONS.get(a_pass.name, precision)
+        pipeline = Pipeline((*self.pipeline.passes, *passes))
+        return replace(self, model=model, graph=folder.save(model), pipeline=pipeline, precision=precision)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One change that was tried on a candidate.
+
+    Attributes:
+        name: What the report calls it: the text of the passes, or of the session option.
+        candidate: The result.
+        lossy: Whether it may change the numbers: then the quality budget is checked.
+        must_gain: Whether it is kept only where it is faster; else it is kept unless it is slower.
+        changed: Places rewritten.
+        refused: Places left alone, with reasons.
+        required: Whether the target cannot run the graph without it: then its speed does not matter.
+    """
+
+    name: str
+    candidate: Candidate
+    lossy: bool
+    must_gain: bool
+    changed: int
+    refused: int = 0
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gates said of a trial.
+
+    Attributes:
+        kept: Whether it stays.
+        reason: Why, in a few words for the report.
+        candidate: The trial's candidate with what was measured filled in.
+        ratio: Time before / time after, geometric mean over the shapes; 1 where it was not measured.
+        ms: Milliseconds of one run of the largest shape after it; 0 where it was not measured.
+        miss: How far the quality drop was over the budget, where that is the reason.
+    """
+
+    kept: bool
+    reason: str
+    candidate: Candidate
+    ratio: float = 1.0
+    ms: float = 0.0
+    miss: str = field(default="")
+
+
+def is_lossy(passes: tuple[Pass, ...]) -> bool:
+    """Whether any of the passes may change the numbers."""
+    return any(a_pass.effect is Effect.LOSSY for a_pass in passes)
+
+
+_PRECISIONS = {"dynamic-int8": "int8", "float16": "fp16"}

@@ -1,0 +1,195 @@
+"""The whole compile on one screen: source, export, evidence, search, proof, bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+
+from artifacts.bundle import Bundle, BundleWriter
+from artifacts.errors import UsageError
+from artifacts.manifest import Manifest, Source
+from artifacts.proof import Proof
+from artifacts.target import TARGETS, Target
+from runtimes.providers import probe
+
+from .data import read_data
+from .evidence import Evidence, gather
+from .export import Exported, export_model
+from .graphs import GraphFolder
+from .plan import Plan, load_plan
+from .recipe import Recipe, load_recipe
+from .report import render
+from .source import ModelSource, read_source
+from .variant import BuiltVariant, Workshop
+
+Announce = Callable[[str, float], None]
+_TOOLS = ("hasten", "numpy", "onnx", "onnx-ir", "onnxscript", "optimum", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything a user may say about a compile; the meanings are those of ``hasten compile --help``."""
+
+    targets: tuple[str, ...] = ("cpu",)
+    recipe: str = "balanced"
+    task: str | None = None
+    pooling: str | None = None
+    name: str | None = None
+    data: Path | None = None
+    columns: str | None = None
+    max_drop: float | None = None
+    seed: int = 0
+    threads: int | None = None
+    plan: Path | None = None
+    keep_reference: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compile made.
+
+    Attributes:
+        bundle: The bundle, opened.
+        notes: What the user should know besides: targets that are missing, attention that could not be fused.
+    """
+
+    bundle: Bundle
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON, for machines."""
+        return {
+            "bundle": str(self.bundle.path),
+            "digest": self.bundle.digest,
+            "notes": list(self.notes),
+            "manifest": json.loads(self.bundle.manifest.to_json()),
+            "proof": json.loads(self.bundle.proof.to_json())["payload"],
+        }
+
+
+def compile_model(source: str | Path, output: str | Path, **options: object) -> Bundle:
+    """Compile a model into a bundle.
+
+    Args:
+        source: A Hugging Face folder, a hub id or an .onnx file.
+        output: Folder of the bundle.
+        options: The fields of ``CompileOptions``.
+
+    Raises:
+        HastenError: Whatever keeps the bundle from being made; nothing half-written is left behind.
+    """
+    request = CompileOptions(**options)  # type: ignore[arg-type]  # the dataclass names a wrong option itself
+    return compile_model_with(str(source), Path(output), request).bundle
+
+
+def compile_model_with(
+    source: str, output: Path, options: CompileOptions, announce: Announce = lambda text, share: None
+) -> Compiled:
+    """The same with the options as a value, and with progress: ``announce(what begins, share of the work done)``."""
+    recipe = load_recipe(options.recipe)
+    plan = load_plan(options.plan) if options.plan is not None else None
+    with BundleWriter(output, force=options.force) as writer:
+        announce("reading the source", 0.0)
+        found = read_source(source, options.task, pooling=options.pooling)
+        _check_plan(plan, found)
+        data = read_data(options.data, options.columns, found.task)
+        announce("exporting", 0.02)
+        exported = export_model(found, seed=options.seed)
+        for path, content in exported.files.items():
+            writer.add_bytes(path, content)
+        announce("running the original model", 0.25)
+        evidence = gather(found, exported, data, writer.staging, seed=options.seed, max_drop=options.max_drop)
+        folder = GraphFolder(writer.staging)
+        exported = _settle(exported, folder)
+        reproducer = output.with_name(f"{output.name}-reproducer")
+        workshop = Workshop(evidence, folder, options.threads or 0, reproducer, announce)
+        variants = _variants(workshop, exported, recipe, plan, options)
+        bundle = _write(writer, found, exported, evidence, variants, options)
+    return Compiled(bundle, _notes(exported, evidence, variants))
+
+
+def _check_plan(plan: Plan | None, found: ModelSource) -> None:
+    if plan is not None and plan.source != found.digest:
+        raise UsageError(f"the plan was made for another model ({plan.source[:19]})", "Compile without --plan")
+
+
+def _settle(exported: Exported, folder: GraphFolder) -> Exported:
+    """Move the weights to disk and let go of the original model: from here on, memory holds one graph without weights."""
+    folder.save(exported.model)
+    return replace(exported, reference=None)
+
+
+def _variants(
+    workshop: Workshop, exported: Exported, recipe: Recipe, plan: Plan | None, options: CompileOptions
+) -> tuple[BuiltVariant, ...]:
+    workshop.open(exported.model)
+    if plan is not None:
+        return tuple(workshop.replay(planned) for planned in plan.variants)
+    targets = _targets(options.targets)
+    kept = (workshop.reference(),) if options.keep_reference and recipe.name != "reference" else ()
+    span = 0.65 / len(targets)
+    built = [
+        workshop.build(target, recipe, start=0.3 + index * span, span=span) for index, target in enumerate(targets)
+    ]
+    return (*built, *kept)
+
+
+def _targets(names: tuple[str, ...]) -> tuple[Target, ...]:
+    chosen = []
+    for name in names:
+        if name == "auto":
+            chosen += [target for target in TARGETS if probe(target.provider).ok]
+        else:
+            chosen.append(Target.parse(name))
+    return tuple(dict.fromkeys(chosen))
+
+
+def _write(
+    writer: BundleWriter,
+    found: ModelSource,
+    exported: Exported,
+    evidence: Evidence,
+    variants: tuple[BuiltVariant, ...],
+    options: CompileOptions,
+) -> Bundle:
+    for variant in variants:
+        writer.add_file(f"{variant.planned.id}.onnx", variant.candidate.graph.path)
+    for trial in writer.staging.glob("trial-*.onnx"):
+        trial.unlink()
+    plan = Plan(found.digest, found.task, options.seed, tuple(variant.planned for variant in variants))
+    writer.add_bytes("plan.toml", plan.to_toml())
+    writer.add_bytes("golden.npz", evidence.golden_bytes())
+    manifest = Manifest(
+        name=options.name or found.name,
+        task=found.task,
+        source=Source(found.name, found.kind, found.digest, found.architecture),
+        toolchain=_toolchain(),
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        processor=exported.processor,
+        variants=tuple(variant.manifest_entry() for variant in variants),
+        files=(),
+    )
+    proofs = tuple(variant.proof for variant in variants)
+    writer.add_bytes("report.html", render(manifest, proofs).encode())
+    return writer.commit(manifest, Proof("", proofs, ()), ("report.html",))
+
+
+def _toolchain() -> tuple[tuple[str, str], ...]:
+    return tuple((name, metadata.version(name)) for name in _TOOLS)
+
+
+def _notes(exported: Exported, evidence: Evidence, variants: tuple[BuiltVariant, ...]) -> tuple[str, ...]:
+    notes = list(evidence.notes)
+    if exported.attentions_expected and exported.attentions_emitted < exported.attentions_expected:
+        notes.append(f"attention is not fused: {exported.attention_refusal}")
+    notes += [
+        f"{variant.planned.id} is unproven: run `hasten prove` on the target machine"
+        for variant in variants
+        if variant.proof.status == "unproven"
+    ]
+    return tuple(notes)

@@ -1,0 +1,143 @@
+"""Texts for calibration and fidelity: a file of the user's, or neutral text that comes with hasten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from artifacts.errors import DataError
+
+from .columns import Columns, label_of, text_of
+from .tables import read_records
+
+NEUTRAL = "built-in neutral text"
+_SCORED = ("feature-extraction", "sentence-similarity")
+_PAIRED = ("question-answering",)
+_LABELLED = ("text-classification",)
+_QUESTIONS = ("What does the text say?", "Where does it happen?", "Who or what is it about?", "How long does it take?")
+
+Item = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    Attributes:
+        text: The text; the question, for question answering.
+        pair: A second text: the other sentence, or the context of the question.
+        label: A similarity score, or the name or number of a class.
+    """
+
+    text: str
+    pair: str | None = None
+    label: str | float | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples in the order of the file.
+
+    Attributes:
+        rows: The examples; at least one.
+        name: What to call it in a report: the file's name.
+        labelled: Every row has a label that the task can be scored with.
+    """
+
+    rows: tuple[Row, ...]
+    name: str
+    labelled: bool
+
+    def split(self, seed: int, calibration: int, held_out: int) -> tuple[Dataset, Dataset]:
+        """Two disjoint random samples of at most these many rows; the same for the same seed.
+
+        Where there are fewer rows than asked for, they are divided in proportion; a single row serves as both.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        wanted = calibration + held_out
+        if len(order) == 1:
+            return self._pick(order[:calibration]), self._pick(order[:held_out])
+        if wanted > len(order) and calibration and held_out:
+            calibration = min(max(1, round(len(order) * calibration / wanted)), len(order) - 1)
+        first, rest = order[:calibration], order[calibration:]
+        return self._pick(sorted(first)), self._pick(sorted(rest[:held_out]))
+
+    def _pick(self, indices: Iterable[int]) -> Dataset:
+        return replace(self, rows=tuple(self.rows[index] for index in indices))
+
+
+def read_data(path: Path | None, columns: str | None, task: str) -> Dataset:
+    """The examples of a file, or neutral text where ``path`` is None.
+
+    Args:
+        path: A .jsonl, .csv, .tsv or .txt file, UTF-8.
+        columns: Which columns to read: ``text=5,pair=6,label=4`` by name or number from 0, or just ``text,label`` for
+            their order. By default they are found by their usual names.
+        task: What the rows are for.
+
+    Raises:
+        UsageError: ``columns`` makes no sense.
+        DataError: The file is missing, empty, not UTF-8, has a line of more than 1 MB or lacks a column, or a score is
+            no number.
+    """
+    if path is None:
+        return neutral(task)
+    wanted = Columns.parse(columns) if columns is not None else None
+    scored = task in _SCORED
+    rows = []
+    for record in read_records(path, wanted):
+        text, pair = text_of(record, "text"), text_of(record, "pair")
+        if not text.strip() and not pair.strip():
+            continue
+        label = label_of(record, number=scored and bool(pair)) if record.has("label") else None
+        rows.append(Row(text, pair if record.has("pair") else None, label))
+    if not rows:
+        raise DataError(f"{path} is empty", "It needs at least one row with a text")
+    if task in _PAIRED and any(row.pair is None for row in rows):
+        raise DataError(f"{path} has no contexts, and {task} needs them", 'Name them: --columns "text=...,pair=..."')
+    labels = all(row.label is not None for row in rows)
+    labelled = labels and (all(row.pair is not None for row in rows) if scored else task in _LABELLED)
+    return Dataset(tuple(rows), path.name, labelled)
+
+
+def neutral(task: str) -> Dataset:
+    """About 120 plain English sentences of 2 to 35 words; joined to contexts with questions for question answering."""
+    text = files(__package__).joinpath("neutral.txt").read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if task in _PAIRED:
+        contexts = [" ".join(lines[index : index + 3]) for index in range(0, len(lines) - 2)]
+        rows = [Row(_QUESTIONS[index % len(_QUESTIONS)], context) for index, context in enumerate(contexts)]
+    else:
+        rows = [Row(line) for line in lines]
+    return Dataset(tuple(rows), NEUTRAL, labelled=False)
+
+
+def with_masks(dataset: Dataset, mask_token: str, seed: int) -> Dataset:
+    """For fill-mask: the mask token in place of one word of each text without one; the same word for the same seed."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for row in dataset.rows:
+        words = row.text.split()
+        index = int(generator.integers(len(words))) if words else 0
+        if mask_token not in row.text:
+            text = " ".join([*words[:index], mask_token, *words[index + 1 :]])
+            rows.append(replace(row, text=text))
+        else:
+            rows.append(row)
+    return replace(dataset, rows=tuple(rows))
+
+
+def items(rows: Sequence[Row], task: str) -> list[Item]:
+    """What to tokenize for the rows.
+
+    For embeddings all first texts, then, where every row has one, all second texts: ``2 n`` items. Otherwise one item a
+    row: the text, or (text, pair).
+    """
+    pairs = [row.pair for row in rows if row.pair is not None]
+    if task in _SCORED:
+        return [*(row.text for row in rows), *(pairs if len(pairs) == len(rows) else ())]
+    return [row.text if row.pair is None else (row.text, row.pair) for row in rows]

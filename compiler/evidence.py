@@ -1,0 +1,240 @@
+"""What a compile judges by: golden inputs and outputs, held-out data with the original model's answers, shapes to time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.manifest import SessionOptions, TensorSpec, TextProcessor
+from artifacts.proof import Fidelity
+from artifacts.target import CPU_PROVIDER
+from runtimes.bench import synthetic
+from runtimes.client import Worker
+from runtimes.golden import Golden
+from runtimes.text import TextEncoder, Tokens, pad
+
+from .data import Dataset, Row, items, with_masks
+from .export import Exported
+from .export.onnx_import import index_limits, random_feeds
+from .metrics import Budget, Metric, condense, default_budget, join, measure
+from .source import ModelSource
+
+Arrays = dict[str, NDArray[Any]]
+Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
+
+TRIAL_SHAPES = ((1, 32), (4, 128))
+"""(batch, length) at which changes are compared."""
+PROOF_SHAPES = ((1, 32), (1, 128), (16, 128))
+"""(batch, length) at which the result is compared with the unoptimized graph."""
+_HELD_OUT = 256
+_LENGTH = 128
+_BATCH = 16
+_GOLDEN_BYTES = 4 << 20
+_TENSOR_BATCHES = 8
+_TENSOR_SIZES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """See the module.
+
+    Attributes:
+        task: Of the model.
+        golden: Inputs and the original model's outputs; a few of the held-out rows, or random tensors.
+        feeds: Held-out inputs in batches.
+        answers: What the metrics need of the original model's outputs for them.
+        rows: The held-out examples.
+        data: Name of the data.
+        processor: How they became ids; None for plain tensors.
+        mask_id: Id of the mask token, where the task needs it.
+        budget: The quality that must remain.
+        trial_feeds: What changes are timed on.
+        proof_shapes: (batch, length) and feeds that the result is timed on.
+        notes: What the user should know: texts that were cut.
+    """
+
+    task: str
+    golden: Golden
+    feeds: tuple[Arrays, ...]
+    answers: Arrays
+    rows: tuple[Row, ...]
+    data: str
+    processor: TextProcessor | None
+    mask_id: int | None
+    budget: Budget
+    trial_feeds: tuple[Arrays, ...]
+    proof_shapes: Mapping[tuple[int, int], Arrays]
+    notes: tuple[str, ...] = ()
+
+    def fidelity(self, run: Run) -> tuple[Fidelity, ...]:
+        """Quality of a model on the held-out data, a row for each metric; the budget stands in the one that decides."""
+        return tuple(
+            Fidelity(
+                metric=metric.name,
+                value=metric.value,
+                reference=metric.reference_value,
+                drop=metric.drop,
+                budget=self.budget.limit if metric.name == self.budget.metric else 1.0,
+                samples=len(self.rows) or sum(len(next(iter(feeds.values()))) for feeds in self.feeds),
+                data=self.data,
+            )
+            for metric in self._metrics(run)
+        )
+
+    def shortfall(self, run: Run) -> str:
+        """Empty if a model is within the quality budget; else by how much it is not."""
+        for metric in self._metrics(run):
+            if metric.name == self.budget.metric and not metric.drop <= self.budget.limit:
+                return f"{metric.name} drops by {metric.drop:.4f}, allowed {self.budget.limit:.4f}"
+        return ""
+
+    def golden_bytes(self) -> bytes:
+        """golden.npz, uncompressed; the same arrays give the same bytes."""
+        arrays = {f"input.{name}": array for name, array in self.golden.feeds.items()}
+        arrays |= {f"output.{name}": array for name, array in self.golden.outputs.items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes the names for its own options
+        return buffer.getvalue()
+
+    def _metrics(self, run: Run) -> tuple[Metric, ...]:
+        outputs = join([condense(self.task, run(feeds), feeds, mask_id=self.mask_id) for feeds in self.feeds])
+        return measure(self.task, self.answers, outputs, self.rows, self.processor)
+
+
+def gather(
+    source: ModelSource, exported: Exported, data: Dataset, folder: Path, *, seed: int, max_drop: float | None
+) -> Evidence:
+    """Run the original model on held-out data.
+
+    Args:
+        source: The model.
+        exported: Its graph and reference.
+        data: Examples; not used for plain tensors.
+        folder: Where the processor's files lie.
+        seed: Chooses the held-out rows, or makes the tensors.
+        max_drop: Share of quality that may be lost; None: the task's default.
+    """
+    problem = exported.processor.problem if exported.processor is not None else ""
+    budget = default_budget(source.task, data.labelled, problem=problem)
+    if max_drop is not None:
+        budget = budget.allowing(max_drop)
+    with _Reference(source, exported) as reference:
+        if exported.processor is None:
+            return _tensors(source, exported, reference, budget, seed)
+        return _texts(source, exported, exported.processor, data, folder, reference, budget, seed)
+
+
+class _Reference:
+    """The original model: the torch module, or the .onnx file as it is, in ONNX Runtime with its optimizations off."""
+
+    def __init__(self, source: ModelSource, exported: Exported) -> None:
+        self._worker: Worker | None = None
+        if exported.reference is None:
+            plain = SessionOptions(optimization_level="disabled")
+            self._worker = Worker(source.path, CPU_PROVIDER, options=plain)
+        self.run: Run = self._worker.run if self._worker is not None else _own(exported)
+
+    def __enter__(self) -> _Reference:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._worker is not None:
+            self._worker.close()
+
+
+def _own(exported: Exported) -> Run:
+    reference = exported.reference
+    if reference is None:
+        raise ValueError("the model has no reference of its own")
+    return lambda feeds: dict(reference(feeds))
+
+
+def _texts(
+    source: ModelSource,
+    exported: Exported,
+    processor: TextProcessor,
+    data: Dataset,
+    folder: Path,
+    reference: _Reference,
+    budget: Budget,
+    seed: int,
+) -> Evidence:
+    if source.task == "fill-mask":
+        data = with_masks(data, processor.mask_token, seed)
+    _, held = data.split(seed, 0, _HELD_OUT)
+    names = [spec.name for spec in exported.inputs]
+    encoder = TextEncoder(processor, folder / processor.tokenizer, names)
+    tokens = encoder.encode(items(held.rows, source.task))
+    cut = sum(len(row) > _LENGTH for row in tokens)
+    tokens = [_shortened(row) for row in tokens]
+    batches = tuple(pad(tokens[i : i + _BATCH], names, processor) for i in range(0, len(tokens), _BATCH))
+    mask_id = encoder.mask_id if source.task == "fill-mask" else None
+    first = reference.run(batches[0])
+    rows = max(2, min(_BATCH, _BATCH * _GOLDEN_BYTES // sum(array.nbytes for array in first.values())))
+    golden = Golden(_head(batches[0], rows), _head(first, rows))
+    answers = join([condense(source.task, reference.run(feeds), feeds, mask_id=mask_id) for feeds in batches])
+    shapes = {shape: _synthetic(exported.inputs, golden, *shape, processor) for shape in (*TRIAL_SHAPES, *PROOF_SHAPES)}
+    return Evidence(
+        task=source.task,
+        golden=golden,
+        feeds=batches,
+        answers=answers,
+        rows=held.rows,
+        data=data.name,
+        processor=processor,
+        mask_id=mask_id,
+        budget=budget,
+        trial_feeds=tuple(shapes[shape] for shape in TRIAL_SHAPES),
+        proof_shapes={shape: shapes[shape] for shape in PROOF_SHAPES},
+        notes=(f"{cut} of {len(tokens)} texts were cut to {_LENGTH} tokens for judging",) if cut else (),
+    )
+
+
+def _tensors(source: ModelSource, exported: Exported, reference: _Reference, budget: Budget, seed: int) -> Evidence:
+    limits = index_limits(exported.model)
+    feeds = tuple(random_feeds(exported.inputs, {}, seed + index, limits=limits) for index in range(_TENSOR_BATCHES))
+    answers = [reference.run(one) for one in feeds]
+    shapes = {}
+    for batch in _TENSOR_SIZES:
+        sizes = {dim: batch for spec in exported.inputs[:1] for dim in spec.shape[:1] if isinstance(dim, str)}
+        shapes[(batch, 1)] = random_feeds(exported.inputs, sizes, seed, limits=limits)
+        if not sizes:
+            break
+    return Evidence(
+        task=source.task,
+        golden=Golden(feeds[0], answers[0]),
+        feeds=feeds,
+        answers=join(answers),
+        rows=(),
+        data="random tensors",
+        processor=None,
+        mask_id=None,
+        budget=budget,
+        trial_feeds=tuple(shapes.values()),
+        proof_shapes=shapes,
+    )
+
+
+def _synthetic(
+    inputs: tuple[TensorSpec, ...], golden: Golden, batch: int, length: int, processor: TextProcessor
+) -> Arrays:
+    rng = np.random.default_rng(batch * 1000 + length)
+    length = min(length, processor.max_length)
+    return {spec.name: synthetic(spec, golden.feeds[spec.name], batch, length, rng) for spec in inputs}
+
+
+def _shortened(row: Tokens) -> Tokens:
+    if len(row) <= _LENGTH:
+        return row
+    keep = [*range(_LENGTH - 1), len(row) - 1]  # the closing special token stays
+    return Tokens(row.ids[keep], row.types[keep], row.special[keep], row.offsets[:0], row.context[keep], row.words[:0])
+
+
+def _head(arrays: Arrays, rows: int) -> Arrays:
+    return {name: np.ascontiguousarray(array[:rows]) for name, array in arrays.items()}

@@ -1,0 +1,150 @@
+"""The gates. A change stays only if its numbers, its quality and its speed hold, each measured where it will run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from types import TracebackType
+
+from artifacts.errors import ProviderError
+from runtimes.client import Timings, Worker, interleave
+from runtimes.golden import golden_error
+
+from .candidate import Candidate, Trial, Verdict
+from .evidence import Evidence
+from .prove import LOSS
+
+GAIN = 1.01
+"""A change whose purpose is speed stays if it is at least this much faster, in the lower quartile of the rounds too."""
+_TIERS = ((3, 0.10), (4, 0.04), (5, 0.00))
+"""Rounds to measure, and how far from the line they must lie, quartiles included, for no more to be needed."""
+_SECONDS = 0.06
+
+
+@dataclass
+class Judge(AbstractContextManager["Judge"]):
+    """Judges changes for one target, with the reigning candidate kept loaded in a process of its own.
+
+    Attributes:
+        evidence: Golden set, held-out data and quality budget.
+        provider: Execution provider that the measurements run on.
+        unmeasured: Why speed is not judged; empty where it is.
+        threads: Threads of a session; 0: as many as there are cores.
+    """
+
+    evidence: Evidence
+    provider: str
+    unmeasured: str = ""
+    threads: int = 0
+    _reigning: Worker | None = field(default=None, init=False)
+    _ms: float = field(default=0.0, init=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the child process."""
+        self._crown(None)
+
+    def enthrone(self, candidate: Candidate) -> Candidate:
+        """Load ``candidate`` as the one that changes are compared with; its error is measured.
+
+        Raises:
+            ProviderError: It does not run, or its numbers are off by more than its tolerance.
+        """
+        worker = self._start(candidate)
+        self._crown(worker)
+        error = self._error(worker)
+        if error > candidate.tolerance:
+            raise ProviderError(
+                f"{self.provider} computes the unoptimized model wrongly: relative error {error:.1e}, "
+                f"{candidate.tolerance:.1e} is what rounding allows",
+                "Report this with the model's config; compile for another --target meanwhile",
+            )
+        return replace(candidate, error=error)
+
+    def judge(self, trial: Trial) -> Verdict:
+        """Put ``trial`` through the gates; if it stays, it is what the next one is compared with."""
+        try:
+            worker = self._start(trial.candidate)
+        except ProviderError as error:
+            return Verdict(False, f"does not load: {error.what}", trial.candidate)
+        try:
+            verdict = self._examine(trial, worker)
+        except ProviderError as error:
+            verdict = Verdict(False, f"does not run: {error.what}", trial.candidate)
+        if verdict.kept:
+            self._crown(worker)
+            self._ms = verdict.ms or self._ms
+        else:
+            worker.close()
+        return verdict
+
+    def _examine(self, trial: Trial, worker: Worker) -> Verdict:
+        error = self._error(worker)
+        candidate = replace(trial.candidate, error=error)
+        if trial.lossy:
+            shortfall = self.evidence.shortfall(worker.run)
+            if shortfall:
+                return Verdict(False, f"quality: {shortfall}", candidate, miss=shortfall)
+            # What the lossy step cost here, twice: kernels elsewhere may round the other way at every step.
+            candidate = replace(candidate, tolerance=max(candidate.tolerance, 2.0 * error))
+        elif error > candidate.tolerance:
+            return Verdict(False, f"numbers: relative error {error:.1e} over {candidate.tolerance:.1e}", candidate)
+        unoptimized = self._unoptimized_error(candidate)
+        if unoptimized > candidate.tolerance:
+            text = f"numbers: {unoptimized:.1e} off without ONNX Runtime's optimizations, {error:.1e} with them"
+            return Verdict(False, text, candidate)
+        if self.unmeasured or trial.required:
+            return Verdict(True, self.unmeasured or "the target needs it", candidate)
+        return self._race(trial, worker, candidate)
+
+    def _race(self, trial: Trial, worker: Worker, candidate: Candidate) -> Verdict:
+        reigning = self._reigning
+        if reigning is None:
+            raise ProviderError("no candidate is loaded to compare with")
+        timings = self._compare(reigning, worker, trial.must_gain)
+        ratio = timings.ratio("before", "after")
+        kept = ratio.low > 1.0 and ratio.median >= GAIN if trial.must_gain else ratio.high >= LOSS
+        verb = "" if kept else ": not faster" if trial.must_gain else ": slower"
+        ms = timings.ms("after", len(self.evidence.trial_feeds) - 1)
+        return Verdict(kept, f"{ratio.median:.2f}x{verb}", candidate, ratio.median, ms)
+
+    def _compare(self, before: Worker, after: Worker, must_gain: bool) -> Timings:
+        workers, shapes = {"before": before, "after": after}, self.evidence.trial_feeds
+        timings = interleave(workers, shapes, rounds=_TIERS[0][0], seconds=_SECONDS)
+        for (_, margin), (more, _) in pairwise(_TIERS):
+            ratio = timings.ratio("before", "after")
+            if ratio.low > (GAIN if must_gain else LOSS) + margin or ratio.high < LOSS - margin:
+                break
+            timings += interleave(workers, shapes, rounds=more, seconds=_SECONDS)
+        return timings
+
+    def operators_at_load(self) -> set[str]:
+        """Operator types of the graph that ONNX Runtime made of the reigning candidate when it loaded it.
+
+        Empty where a provider compiles the nodes: then there is no such graph, and nothing of ONNX Runtime's to tune.
+        """
+        try:
+            return set(self._reigning.optimized()) if self._reigning is not None else set()
+        except ProviderError:
+            return set()
+
+    def _error(self, worker: Worker) -> float:
+        return golden_error(worker, self.evidence.golden)
+
+    def _unoptimized_error(self, candidate: Candidate) -> float:
+        plain = replace(candidate, session=replace(candidate.session, optimization_level="disabled"))
+        worker = self._start(plain)
+        try:
+            return self._error(worker)
+        finally:
+            worker.close()
+
+    def _start(self, candidate: Candidate) -> Worker:
+        return Worker(candidate.graph.path, self.provider, options=candidate.session, threads=self.threads)
+
+    def _crown(self, worker: Worker | None) -> None:
+        if self._reigning is not None:
+            self._reigning.close()
+        self._reigning = worker

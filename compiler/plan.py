@@ -1,0 +1,126 @@
+"""What measurement decided, as readable TOML: compiling again with it makes the same bytes without measuring."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from artifacts.errors import UsageError
+from artifacts.manifest import SessionOptions
+
+SCHEMA = 1
+_TOP = {"schema": int, "source": str, "task": str, "seed": int, "variant": list}
+_VARIANT = {
+    "id": str,
+    "target": str,
+    "recipe": str,
+    "precision": str,
+    "pipeline": str,
+    "optimization_level": str,
+    "disabled_optimizers": list,
+    "compute": str,
+    "tolerance": float,
+}
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """How one variant is made.
+
+    Attributes:
+        id: Its id in the bundle.
+        target: Name of its target.
+        recipe: Name of the recipe that was searched.
+        precision: Narrowest format it computes in.
+        pipeline: Text form of the passes that stayed.
+        session: How ONNX Runtime is to load it.
+        tolerance: Relative L2 error allowed on the golden outputs.
+    """
+
+    id: str
+    target: str
+    recipe: str
+    precision: str
+    pipeline: str
+    session: SessionOptions
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions of a compile.
+
+    Attributes:
+        source: Digest of the model it was made for.
+        task: Task of the graph.
+        seed: Seed of the compile.
+        variants: In the order of the bundle.
+    """
+
+    source: str
+    task: str
+    seed: int
+    variants: tuple[PlannedVariant, ...]
+
+    def to_toml(self) -> bytes:
+        """The file form; the same plan gives the same bytes."""
+        rows = [
+            {
+                "id": variant.id,
+                "target": variant.target,
+                "recipe": variant.recipe,
+                "precision": variant.precision,
+                "pipeline": variant.pipeline,
+                "optimization_level": variant.session.optimization_level,
+                "disabled_optimizers": list(variant.session.disabled_optimizers),
+                "compute": variant.session.precision,
+                "tolerance": variant.tolerance,
+            }
+            for variant in self.variants
+        ]
+        table = {"schema": SCHEMA, "source": self.source, "task": self.task, "seed": self.seed, "variant": rows}
+        return tomli_w.dumps(table).encode()
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in a TOML file, or in a bundle.
+
+    Raises:
+        UsageError: There is none, or it breaks the form.
+    """
+    file = path / "plan.toml" if path.is_dir() else path
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"no plan at {file}", "Pass a bundle or its plan.toml") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"plan {file} is not TOML: {error}") from error
+    if table.get("schema") != SCHEMA:
+        raise UsageError(f"plan {file} has schema {table.get('schema')!r}, this hasten reads {SCHEMA}")
+    _check(table, _TOP, f"plan {file}")
+    variants = tuple(_variant(row, f"plan {file}: variant {index}") for index, row in enumerate(table["variant"]))
+    return Plan(table["source"], table["task"], table["seed"], variants)
+
+
+def _variant(row: object, where: str) -> PlannedVariant:
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} is not a table")
+    _check(row, _VARIANT, where)
+    if not all(isinstance(name, str) for name in row["disabled_optimizers"]):
+        raise UsageError(f"{where}: disabled_optimizers must be a list of texts")
+    session = SessionOptions(row["optimization_level"], tuple(row["disabled_optimizers"]), row["compute"])
+    return PlannedVariant(
+        row["id"], row["target"], row["recipe"], row["precision"], row["pipeline"], session, row["tolerance"]
+    )
+
+
+def _check(table: dict[str, Any], kinds: dict[str, type], where: str) -> None:
+    if wrong := sorted(set(table) ^ set(kinds)):
+        raise UsageError(f"{where} {'lacks' if wrong[0] in kinds else 'has the unknown'} key {wrong[0]!r}")
+    for key, kind in kinds.items():
+        if not isinstance(table[key], kind) or isinstance(table[key], bool):
+            raise UsageError(f"{where}: {key} must be a {kind.__name__}")

@@ -1,0 +1,100 @@
+"""A recipe: which passes to try for each target, in which order. Saved as TOML with a schema version."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import cast
+
+from artifacts.errors import UsageError
+from artifacts.target import TARGETS, Target
+from passes.pipeline import Pipeline, parse
+from passes.registry import CLEAN
+
+SCHEMA = 1
+BUILT_IN = ("reference", "safe", "balanced")
+_KEYS = {"schema", "name", "description", "tune", "stages"}
+_ALIASES = {"clean": Pipeline(CLEAN)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to try.
+
+    Attributes:
+        name: Short name; part of the variant's id.
+        description: One line for ``hasten recipes``.
+        tune: Whether speed decides what stays, ONNX Runtime's own load-time optimizers and the provider's compute
+            precision included. If not, the stages are taken as they are, under every gate but speed.
+        stages: Per target name, or ``default``, the stages in order. A stage is judged as a whole: its numbers,
+            its speed and, where it may change the numbers, its quality. ``a | b``: b is tried where a did not stand.
+    """
+
+    name: str
+    description: str
+    tune: bool
+    stages: Mapping[str, tuple[str, ...]]
+
+    def pipelines(self, target: Target) -> tuple[tuple[Pipeline, ...], ...]:
+        """The stages for ``target``, each with its alternatives in order.
+
+        Raises:
+            UsageError: A stage names no pass.
+        """
+        texts = self.stages.get(target.name, self.stages["default"])
+        alternatives = ([part.strip() for part in text.split("|")] for text in texts)
+        return tuple(tuple(_ALIASES.get(part) or parse(part) for part in parts) for parts in alternatives)
+
+
+def load_recipe(name: str) -> Recipe:
+    """The built-in recipe of that name, or the one in that TOML file.
+
+    Raises:
+        UsageError: There is none, or the file breaks the form.
+    """
+    if name in BUILT_IN:
+        return _parse((resources.files("compiler") / "recipes" / f"{name}.toml").read_bytes(), name)
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return _parse(path.read_bytes(), str(path))
+    raise UsageError(f"no recipe {name!r}", f"Give one of {', '.join(BUILT_IN)} or the path of a .toml file")
+
+
+def _parse(data: bytes, where: str) -> Recipe:
+    try:
+        table = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {where} is not TOML: {error}") from error
+    if table.get("schema") != SCHEMA:
+        raise UsageError(f"recipe {where} has schema {table.get('schema')!r}, this hasten reads {SCHEMA}")
+    if unknown := sorted(set(table) - _KEYS):
+        raise UsageError(f"recipe {where} has the unknown key {unknown[0]!r}", f"Known: {', '.join(sorted(_KEYS))}")
+    if missing := sorted(_KEYS - set(table)):
+        raise UsageError(f"recipe {where} lacks the key {missing[0]!r}")
+    _check_types(table, where)
+    stages = {key: tuple(cast(list[str], value)) for key, value in table["stages"].items()}
+    recipe = Recipe(table["name"], table["description"], table["tune"], stages)
+    for target in TARGETS:
+        recipe.pipelines(target)
+    return recipe
+
+
+def _check_types(table: Mapping[str, object], where: str) -> None:
+    for key, kind in (("name", str), ("description", str), ("tune", bool), ("stages", dict)):
+        if not isinstance(table[key], kind):
+            raise UsageError(f"recipe {where}: {key} must be a {kind.__name__}")
+    name = cast(str, table["name"])
+    if not name.replace("-", "").isalnum() or not name.islower():
+        raise UsageError(f"recipe {where}: name {name!r} must be lower case letters, digits and hyphens")
+    stages = cast(dict[str, object], table["stages"])
+    names = {"default", *(target.name for target in TARGETS)}
+    if "default" not in stages:
+        raise UsageError(f"recipe {where}: [stages] lacks 'default'")
+    for key, value in stages.items():
+        if key not in names:
+            raise UsageError(f"recipe {where}: [stages] has the unknown target {key!r}")
+        if not isinstance(value, list) or not all(isinstance(stage, str) for stage in value):
+            raise UsageError(f"recipe {where}: stages.{key} must be a list of texts")

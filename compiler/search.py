@@ -1,0 +1,183 @@
+"""The search: each stage of the recipe in turn, kept where the gates let it stand; then ONNX Runtime's own optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from artifacts.errors import FidelityError, PassError, UnsupportedError
+from artifacts.manifest import SessionOptions
+from artifacts.proof import Step
+from passes.base import Context, Outcome, Pass, Purpose
+from passes.grammar import check
+from passes.observers import Reproducer, Verifying
+from passes.pipeline import Pipeline
+
+from .candidate import Candidate, Trial, Verdict, is_lossy
+from .graphs import GraphFolder
+from .judge import Judge
+
+LOAD_TIME_FUSIONS = {
+    "SkipLayerNormFusion": {"SkipLayerNormalization"},
+    "BiasGeluFusion": {"BiasGelu"},
+    "EmbedLayerNormFusion": {"EmbedLayerNormalization"},
+    "AttentionFusion": {"Attention"},
+    "MatmulTransposeFusion": {"FusedMatMul", "TransposeMatMul"},
+    "MatMulAddFusion": {"Gemm"},
+    "DynamicQuantizeMatMulFusion": {"DynamicQuantizeMatMul"},
+    "QuickGeluFusion": {"QuickGelu"},
+}
+"""ONNX Runtime optimizers that fuse when a session loads, and the operators by which their work shows."""
+
+
+@dataclass
+class Search:
+    """One walk through a recipe for one target.
+
+    Attributes:
+        judge: The gates.
+        context: What passes may know.
+        folder: Where graphs are saved.
+        reproducer: Folder that a failing pass leaves the model and the rest of the pipeline in.
+        announce: Called with the name of each trial before it is made.
+    """
+
+    judge: Judge
+    context: Context
+    folder: GraphFolder
+    reproducer: Path
+    announce: Callable[[str], None]
+    steps: list[Step] = field(default_factory=list)
+    misses: list[str] = field(default_factory=list)
+
+    def walk(self, base: Candidate, stages: Sequence[tuple[Pipeline, ...]], *, tune: bool) -> Candidate:
+        """Try the stages in order, then the session options.
+
+        Raises:
+            FidelityError: Every change that could have made the numbers smaller or faster missed the quality budget.
+            PassError: A pass broke a promise; the reproducer folder is named.
+        """
+        best = base
+        for alternatives in stages:
+            best = self._first(best, alternatives)
+        if tune:
+            best = self._precision(best)
+            best = self._load_time_fusions(best)
+        if self.misses and not is_lossy(best.pipeline.passes):
+            raise FidelityError(
+                f"no lossy pass met the quality budget; nearest miss: {self.misses[0]}",
+                "Raise --max-drop, give more representative --data, or choose --recipe safe",
+            )
+        return best
+
+    def replay(self, base: Candidate, pipeline: Pipeline, session: SessionOptions) -> Candidate:
+        """Run a recorded pipeline as one step, under every gate but speed.
+
+        Raises:
+            FidelityError: It misses the quality budget.
+            PassError: Its numbers are off, or a pass broke a promise.
+        """
+        best = replace(base, session=session)
+        trial = self._attempt(best, pipeline)
+        if trial is None:
+            return best
+        verdict = self._try(trial)
+        if verdict.miss:
+            raise FidelityError(f"the plan misses the quality budget: {verdict.miss}", "Compile again without --plan")
+        if not verdict.kept:
+            raise PassError(f"the plan does not hold here: {verdict.reason}", "Compile again without --plan")
+        return verdict.candidate
+
+    def _first(self, best: Candidate, alternatives: tuple[Pipeline, ...]) -> Candidate:
+        """The first alternative that stands; else those of its passes that do; else ``best``."""
+        for stage in alternatives:
+            self.announce(_label(stage))
+            trial = self._attempt(best, stage)
+            if trial is None:
+                return best
+            verdict = self._try(trial)
+            if verdict.kept:
+                return verdict.candidate
+        for a_pass in stage.passes if len(stage.passes) > 1 else ():
+            best = self._first(best, (Pipeline((a_pass,)),))
+        return best
+
+    def _attempt(self, best: Candidate, stage: Pipeline) -> Trial | None:
+        model = best.model.clone()
+        observers = (Verifying(self.context), Reproducer(self.reproducer))
+        results: tuple[tuple[Pass, Outcome], ...] = stage.run(model, self.context, observers=observers)
+        changed = sum(outcome.changed for _, outcome in results)
+        refused = sum(len(outcome.refused) for _, outcome in results)
+        if not changed:
+            self.steps.append(_step(_label(stage), refused=refused, reason=_idle(results), before=best))
+            return None
+        passes = tuple(a_pass for a_pass, outcome in results if outcome.changed)
+        candidate = best.rewritten(model, self.folder, passes)
+        speed = all(a_pass.purpose is Purpose.SPEED for a_pass in passes)
+        required = not self._runnable(best)
+        return Trial(_label(stage), candidate, is_lossy(passes), speed, changed, refused, required)
+
+    def _runnable(self, candidate: Candidate) -> bool:
+        """Whether the target knows every operator of the graph."""
+        try:
+            check(candidate.model, self.context.target)
+        except UnsupportedError:
+            return False
+        return True
+
+    def _precision(self, best: Candidate) -> Candidate:
+        """Let the provider compute float32 graphs in the narrower format it prefers, if it has one."""
+        if best.session.precision != "fp32":
+            return best
+        self.announce("bfloat16")
+        relaxed = replace(best, session=replace(best.session, precision="bf16"))
+        relaxed = replace(relaxed, precision="bf16" if best.precision == "fp32" else best.precision)
+        verdict = self._try(Trial("compute in bfloat16", relaxed, lossy=True, must_gain=True, changed=1))
+        return verdict.candidate if verdict.kept else best
+
+    def _load_time_fusions(self, best: Candidate) -> Candidate:
+        if self.judge.unmeasured:
+            return best
+        operators = self.judge.operators_at_load()
+        for optimizer, traces in LOAD_TIME_FUSIONS.items():
+            if not traces & operators:
+                continue
+            self.announce(f"without {optimizer}")
+            session = replace(best.session, disabled_optimizers=(*best.session.disabled_optimizers, optimizer))
+            trial = Trial(f"without ORT {optimizer}", replace(best, session=session), False, True, changed=1)
+            verdict = self._try(trial)
+            best = verdict.candidate if verdict.kept else best
+        return best
+
+    def _try(self, trial: Trial) -> Verdict:
+        verdict = self.judge.judge(trial)
+        self.steps.append(
+            Step(
+                name=trial.name,
+                changed=trial.changed,
+                refused=trial.refused,
+                kept=verdict.kept,
+                reason=verdict.reason,
+                size=verdict.candidate.graph.size,
+                ms=verdict.ms,
+                ratio=verdict.ratio,
+                error=verdict.candidate.error,
+            )
+        )
+        if verdict.miss:
+            self.misses.append(f"{trial.name}: {verdict.miss}")
+        return verdict
+
+
+def _label(stage: Pipeline) -> str:
+    return str(stage) if len(stage.passes) < 3 else f"clean ({len(stage.passes)} passes)"
+
+
+def _idle(results: tuple[tuple[Pass, Outcome], ...]) -> str:
+    refusals = [refusal for _, outcome in results for refusal in outcome.refused]
+    return f"nothing changed; {refusals[0].node}: {refusals[0].reason}" if refusals else "nothing to change"
+
+
+def _step(name: str, *, refused: int, reason: str, before: Candidate) -> Step:
+    return Step(name, 0, refused, False, reason, before.graph.size, 0.0, 1.0, before.error)

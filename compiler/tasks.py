@@ -1,0 +1,64 @@
+"""The tasks hasten compiles, and which of them an architecture serves."""
+
+from __future__ import annotations
+
+from artifacts.errors import InstallationError, UnsupportedError
+
+from .quiet import quiet
+
+TASKS = (
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+)
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
+TENSORS = "tensors"
+
+
+def serves(architecture: str, wanted: str | None) -> str:
+    """The task to compile the architecture for.
+
+    Raises:
+        UnsupportedError: The architecture is unknown, or serves another task.
+    """
+    natural = infer_task(architecture)
+    if wanted in EMBEDDING_TASKS:
+        return "feature-extraction"  # any encoder has token vectors below its head
+    if wanted is None:
+        if natural not in TASKS:
+            what = f"serves {natural}" if natural else "serves no task that could be inferred"
+            raise UnsupportedError(f"architecture {architecture} {what}", f"Compiled are {', '.join(TASKS)}")
+        return natural
+    if natural and natural != wanted:
+        raise UnsupportedError(
+            f"architecture {architecture} serves {natural}, not {wanted}: the weights of that head would be random",
+            "Pass a model that was trained for the task, or leave --task out",
+        )
+    return wanted
+
+
+def infer_task(architecture: str) -> str:
+    """The task of a transformers class; empty where it cannot be told.
+
+    Raises:
+        UnsupportedError: transformers has no such class.
+        InstallationError: The ``compile`` extra is not installed.
+    """
+    with quiet():
+        try:
+            import transformers
+            from optimum.exporters.tasks import TasksManager
+        except ImportError as error:
+            raise InstallationError(f"{error.name} is not installed", "pip install 'hasten[compile]'") from error
+        model_class = getattr(transformers, architecture, None)
+        if not isinstance(model_class, type):
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} has no architecture {architecture}",
+                "Models with code of their own are not compiled; export to ONNX first and pass the .onnx file",
+            )
+        try:
+            return str(TasksManager.infer_task_from_model(model_class))
+        except ValueError:
+            return ""

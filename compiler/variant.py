@@ -1,0 +1,229 @@
+"""One target's variant: searched or replayed, then proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from artifacts.errors import ProviderError
+from artifacts.manifest import SessionOptions, Variant
+from artifacts.proof import Speed, Step, VariantProof
+from artifacts.target import CPU, CPU_PROVIDER, Target
+from passes.base import Context
+from passes.pipeline import Pipeline, parse
+from runtimes.fingerprint import machine
+from runtimes.providers import Probe, probe
+
+from .candidate import Candidate
+from .evidence import Evidence
+from .graphs import GraphFolder
+from .judge import Judge
+from .plan import PlannedVariant
+from .prove import Runnable, is_slower, race
+from .recipe import Recipe, load_recipe
+from .search import Search
+from .tolerance import rounding_tolerance
+
+_REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class BuiltVariant:
+    """A variant with the decisions that made it and what was proven of it."""
+
+    planned: PlannedVariant
+    candidate: Candidate
+    proof: VariantProof
+
+    def manifest_entry(self) -> Variant:
+        """How the manifest lists it."""
+        target = Target.parse(self.planned.target)
+        return Variant(
+            id=self.planned.id,
+            target=target.name,
+            providers=target.providers,
+            model=f"{self.planned.id}.onnx",
+            precision=self.planned.precision,
+            pipeline=self.planned.pipeline,
+            session=self.planned.session,
+            tolerance=self.planned.tolerance,
+            weights=self.candidate.graph.weights,
+        )
+
+
+@dataclass
+class Workshop:
+    """Where the variants of one compile are made.
+
+    Attributes:
+        evidence: What they are judged by.
+        folder: Where graphs and weights are written.
+        threads: Threads to measure with; 0: physical cores.
+        reproducer: Folder for what a failing pass leaves.
+        announce: Progress.
+    """
+
+    evidence: Evidence
+    folder: GraphFolder
+    threads: int
+    reproducer: Path
+    announce: Callable[[str, float], None]
+    _exported: ir.Model | None = field(default=None, init=False)
+    _unoptimized: Candidate | None = field(default=None, init=False)
+    _probes: dict[str, Probe] = field(default_factory=dict, init=False)
+
+    def open(self, exported: ir.Model) -> None:
+        """Take the exported graph, and make the unoptimized one of it that everything is compared with.
+
+        Raises:
+            ProviderError: ONNX Runtime computes something else than the original model.
+        """
+        self._exported = exported
+        with Judge(self.evidence, CPU_PROVIDER, unmeasured="part of the reference", threads=self.threads) as judge:
+            search = self._search(judge, CPU, lambda text: self.announce(text, 0.28))
+            base = judge.enthrone(self._base(SessionOptions()))
+            stages = load_recipe(_REFERENCE).pipelines(CPU)
+            self._unoptimized = search.walk(base, stages, tune=False)
+            self._reference_steps = tuple(search.steps)
+
+    def reference(self) -> BuiltVariant:
+        """The unoptimized graph as a variant of its own."""
+        candidate = self._reference()
+        planned = _planned(_REFERENCE, CPU, _REFERENCE, candidate)
+        return BuiltVariant(
+            planned, candidate, self._prove(planned, candidate, self._reference_steps, CPU_PROVIDER, ())
+        )
+
+    def build(self, target: Target, recipe: Recipe, *, start: float, span: float) -> BuiltVariant:
+        """Search the recipe for the target and prove what it found.
+
+        Raises:
+            FidelityError: No change that the recipe asks for keeps the quality budget.
+            PassError: A pass broke a promise.
+        """
+        if recipe.name == _REFERENCE and target == CPU:
+            built = self.reference()
+            return replace(
+                built, proof=self._prove(built.planned, built.candidate, self._reference_steps, CPU_PROVIDER)
+            )
+        stages = recipe.pipelines(target)
+        done = 0
+
+        def tell(text: str) -> None:
+            nonlocal done
+            self.announce(f"{target.name}: {text}", start + span * min(done / (len(stages) + 4), 0.9))
+            done += 1
+
+        provider, absent = self._provider(target)
+        unmeasured = absent or ("" if recipe.tune else f"the recipe {recipe.name} takes it as it is")
+        with Judge(self.evidence, provider, unmeasured=unmeasured, threads=self.threads) as judge:
+            search = self._search(judge, target, tell)
+            strict = "fp32" if target.float_type == "float32" and provider != CPU_PROVIDER else ""
+            base = judge.enthrone(self._base(SessionOptions(precision=strict)))
+            best = search.walk(base, stages, tune=recipe.tune)
+        tell("proving")
+        planned = _planned(f"{target.name}-{best.precision}", target, recipe.name, best)
+        return self._settled(planned, best, tuple(search.steps), provider, absent)
+
+    def replay(self, planned: PlannedVariant) -> BuiltVariant:
+        """Make the variant that a plan records, without measuring speed to decide anything.
+
+        Raises:
+            FidelityError: It misses the quality budget.
+            PassError: Its numbers do not hold.
+        """
+        target = Target.parse(planned.target)
+        provider, absent = self._provider(target)
+        self.announce(f"{planned.id}: as planned", 0.4)
+        with Judge(self.evidence, provider, unmeasured=absent or "as planned", threads=self.threads) as judge:
+            search = self._search(judge, target, lambda text: None)
+            base = judge.enthrone(self._base(replace(planned.session, disabled_optimizers=())))
+            candidate = search.replay(base, parse(planned.pipeline), planned.session)
+        candidate = replace(candidate, tolerance=planned.tolerance)
+        steps = tuple(search.steps)
+        return BuiltVariant(planned, candidate, self._prove(planned, candidate, steps, provider, absent=absent))
+
+    def _settled(
+        self, planned: PlannedVariant, best: Candidate, steps: tuple[Step, ...], provider: str, absent: str
+    ) -> BuiltVariant:
+        proof = self._prove(planned, best, steps, provider, absent=absent)
+        if not is_slower(proof.speed):
+            return BuiltVariant(planned, best, proof)
+        # Each step held, and all together do not: ship what nothing was done to.
+        unoptimized = self._reference()
+        planned = _planned(planned.id, Target.parse(planned.target), planned.recipe, unoptimized)
+        reason = "slower than the unoptimized graph as a whole: everything was reverted"
+        return BuiltVariant(
+            planned, unoptimized, replace(self._prove(planned, unoptimized, steps, provider, ()), reason=reason)
+        )
+
+    def _prove(
+        self,
+        planned: PlannedVariant,
+        candidate: Candidate,
+        steps: tuple[Step, ...],
+        provider: str,
+        speed: tuple[Speed, ...] | None = None,
+        *,
+        absent: str = "",
+    ) -> VariantProof:
+        with Runnable(candidate.graph.path, provider, candidate.session).start(self.threads) as worker:
+            fidelity = self.evidence.fidelity(worker.run)
+        if speed is None:
+            speed = () if absent else self._race(candidate, provider)
+        return VariantProof(
+            variant=planned.id,
+            status="unproven" if absent else "proven",
+            provider="" if absent else provider,
+            machine=None if absent else machine(),
+            golden_error=candidate.error,
+            fidelity=fidelity,
+            speed=speed,
+            steps=steps,
+            size=candidate.graph.size,
+            reason=absent,
+        )
+
+    def _race(self, candidate: Candidate, provider: str) -> tuple[Speed, ...]:
+        unoptimized = self._reference()
+        base = provider if Target.parse("cuda").provider == provider else CPU_PROVIDER
+        reference = Runnable(unoptimized.graph.path, base, unoptimized.session)
+        variant = Runnable(candidate.graph.path, provider, candidate.session)
+        return race(reference, variant, self.evidence.proof_shapes, self.threads)
+
+    def _base(self, session: SessionOptions) -> Candidate:
+        if self._exported is None:
+            raise ProviderError("the workshop was not opened")
+        model = self._exported.clone()
+        graph = self.folder.save(model)
+        return Candidate(model, graph, Pipeline(), session, tolerance=rounding_tolerance(model))
+
+    def _reference(self) -> Candidate:
+        if self._unoptimized is None:
+            raise ProviderError("the workshop was not opened")
+        return self._unoptimized
+
+    def _search(self, judge: Judge, target: Target, announce: Callable[[str], None]) -> Search:
+        return Search(judge, Context(target), self.folder, self.reproducer, announce)
+
+    def _provider(self, target: Target) -> tuple[str, str]:
+        """The provider to judge on, and why it is not the target's own; empty if it is."""
+        if target.provider == CPU_PROVIDER:
+            return CPU_PROVIDER, ""
+        found = self._probes.setdefault(target.provider, probe(target.provider))
+        return (target.provider, "") if found.ok else (CPU_PROVIDER, found.reason)
+
+
+def _planned(identity: str, target: Target, recipe: str, candidate: Candidate) -> PlannedVariant:
+    return PlannedVariant(
+        id=identity,
+        target=target.name,
+        recipe=recipe,
+        precision=candidate.precision,
+        pipeline=str(candidate.pipeline),
+        session=candidate.session,
+        tolerance=candidate.tolerance,
+    )

@@ -1,0 +1,127 @@
+"""Commands that look at bundles and machines: inspect, verify, pack, unpack, doctor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from .show import console, proof_table, size_text
+
+_COLOURS = {"ok": "green", "warn": "yellow", "skipped": "yellow", "broken": "red", "failed": "red"}
+_BROKEN = 1
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print manifest and proof as JSON.")
+def inspect_command(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE is, how it was made and what was proven."""
+    from artifacts.bundle import open_bundle
+
+    opened = open_bundle(bundle)
+    if as_json:
+        document = {
+            "digest": opened.digest,
+            "manifest": json.loads(opened.manifest.to_json()),
+            "proof": json.loads(opened.proof.to_json())["payload"],
+        }
+        click.echo(json.dumps(document, indent=1))
+        return
+    manifest = opened.manifest
+    table = Table(box=None, show_header=False, pad_edge=False)
+    rows = {
+        "name": manifest.name,
+        "task": manifest.task,
+        "source": f"{manifest.source.architecture}, {manifest.source.kind}, {manifest.source.digest[:19]}",
+        "bundle": f"{opened.digest}, {size_text(sum(entry.size for entry in manifest.files))}",
+        "inputs": ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.inputs),
+        "outputs": ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.outputs),
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.toolchain),
+    }
+    if manifest.processor is not None:
+        labels = f", labels {', '.join(manifest.processor.labels[:8])}" if manifest.processor.labels else ""
+        rows["texts"] = f"at most {manifest.processor.max_length} tokens{labels}"
+    for variant in manifest.variants:
+        rows[variant.id] = variant.pipeline
+    for key, value in rows.items():
+        table.add_row(Text(key, style="dim"), Text(value))
+    console().print(table)
+    for proof in opened.proof.variants:
+        console().print(proof_table(opened, proof))
+
+
+@click.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify_command(bundle: Path, as_json: bool) -> None:
+    """Check hashes and graphs of BUNDLE and replay its golden test on every provider here. Exit code 6 if one fails."""
+    from artifacts.errors import IntegrityError
+
+    from .verify import verify
+
+    findings = []
+    for finding in verify(bundle):
+        findings.append(finding)
+        if not as_json:
+            _print_status(finding.status, finding.name, finding.detail)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    if failed := [finding for finding in findings if finding.status == "failed"]:
+        raise IntegrityError(f"{failed[0].name}: {failed[0].detail}", "Compile again, or get the bundle again")
+
+
+@click.command("pack")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+def pack_command(bundle: Path, file: Path | None) -> None:
+    """Pack BUNDLE into one FILE (by default BUNDLE.hasten). The same bundle gives the same bytes."""
+    from artifacts.pack import pack
+
+    place = file or bundle.with_name(f"{bundle.resolve().name}.hasten")
+    pack(bundle, place)
+    click.echo(f"{place}: {size_text(place.stat().st_size)}")
+
+
+@click.command("unpack")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path), required=False)
+@click.option("--force", is_flag=True, help="Replace OUTPUT even if it is not a bundle.")
+def unpack_command(file: Path, output: Path | None, force: bool) -> None:
+    """Unpack FILE into the bundle OUTPUT (by default FILE without its suffix), checking every byte."""
+    from artifacts.errors import UsageError
+    from artifacts.pack import unpack
+
+    if output is None and not file.suffix:
+        raise UsageError(f"{file} has no suffix to take away", "Name the OUTPUT folder")
+    place = output or file.with_suffix("")
+    unpack(file, place, force=force)
+    click.echo(f"{place}: complete and verified")
+
+
+@click.command("doctor")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor_command(bundle: Path | None, as_json: bool) -> None:
+    """Check this installation and machine; with BUNDLE also how it would run here. Exit code 1: broken."""
+    from runtimes.doctor import diagnose
+
+    report = diagnose(bundle)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(check) for check in report.checks], indent=1))
+    else:
+        for check in report.checks:
+            _print_status(check.status, check.name, check.detail, check.remedy)
+    if any(check.status == "broken" for check in report.checks):
+        raise click.exceptions.Exit(_BROKEN)
+
+
+def _print_status(status: str, name: str, detail: str, remedy: str = "") -> None:
+    line = Text.assemble((f"{status:8}", _COLOURS[status]), (name, "bold"), f"  {detail}")
+    if remedy:
+        line.append(f"  {remedy}", style="dim")
+    console().print(line, soft_wrap=True)

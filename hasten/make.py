@@ -1,0 +1,152 @@
+"""Commands that make bundles: compile, recipes, passes, prove."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from artifacts.errors import UsageError
+from artifacts.target import TARGETS
+
+from .show import console, progress, proof_table, size_text
+
+
+class Percentage(click.ParamType[float]):
+    """``0.5%`` or ``0.005``: a share between 0 and 1."""
+
+    name = "percentage"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The share."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            self.fail(f"{text!r} is no percentage; write 0.5% or 0.005", param, ctx)
+        if not 0.0 <= share < 1.0:
+            self.fail(f"{text} is not between 0% and 100%", param, ctx)
+        return share
+
+
+@click.command("compile")
+@click.argument("source")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
+@click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    type=click.Choice([*(target.name for target in TARGETS), "auto"]),
+    help="What to compile for; repeatable: variants share their weights. auto: all that work here.",
+)
+@click.option(
+    "-r", "--recipe", default="balanced", show_default=True, help="Name (see `hasten recipes`) or .toml file."
+)
+@click.option("--task", help="What the model does; by default what its architecture says.")
+@click.option("--pooling", type=click.Choice(["mean", "cls", "max", "none"]), help="How token vectors become one.")
+@click.option("--name", help="Name of the model in the bundle.")
+@click.option("--data", type=click.Path(path_type=Path), help="Texts to judge fidelity on: jsonl, csv, tsv or txt.")
+@click.option("--columns", help="Columns of --data, by name or number: text=0,pair=1,label=2.")
+@click.option("--max-drop", type=Percentage(), help="Largest loss of quality allowed.  [default: 1%]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the held-out sample.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to measure with.  [default: physical cores]")
+@click.option("--plan", type=click.Path(path_type=Path), help="Repeat the decisions of this bundle or plan.toml.")
+@click.option(
+    "--keep-reference", is_flag=True, help="Add the unoptimized graph, for `hasten bench --against reference`."
+)
+@click.option("--force", is_flag=True, help="Replace OUTPUT even if it is not a bundle.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
+def compile_command(
+    source: str, output: Path, targets: tuple[str, ...], quiet: bool, as_json: bool, **options: object
+) -> None:
+    """Compile SOURCE (a Hugging Face folder, a hub id or an .onnx file) into a bundle."""
+    from compiler.compile import CompileOptions, compile_model_with
+
+    request = CompileOptions(targets=targets, **options)  # type: ignore[arg-type]  # click checked the types above
+    with progress(hidden=quiet or as_json) as announce:
+        compiled = compile_model_with(source, output, request, announce)
+    if as_json:
+        click.echo(json.dumps(compiled.to_dict(), indent=1))
+    elif not quiet:
+        bundle = compiled.bundle
+        for proof in bundle.proof.variants:
+            console().print(proof_table(bundle, proof))
+        for note in compiled.notes:
+            console().print(f"[yellow]note[/] {note}", highlight=False)
+        total = sum(entry.size for entry in bundle.manifest.files)
+        console().print(
+            f"{output}: {size_text(total)}, {bundle.digest[:19]}. Next: hasten run {output} …", highlight=False
+        )
+
+
+@click.command("recipes")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def recipes_command(as_json: bool) -> None:
+    """List the built-in recipes and their stages."""
+    from compiler.recipe import BUILT_IN, load_recipe
+
+    recipes = [load_recipe(name) for name in BUILT_IN]
+    if as_json:
+        rows = [{"name": r.name, "description": r.description, "tune": r.tune, "stages": r.stages} for r in recipes]
+        click.echo(json.dumps(rows, indent=1, default=dict))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for heading in ("recipe", "what it does", "stages"):
+        table.add_column(heading)
+    for recipe in recipes:
+        stages = "\n".join(f"[dim]{target}[/] {', '.join(names)}" for target, names in recipe.stages.items())
+        table.add_row(f"[bold]{recipe.name}[/]", recipe.description, stages)
+    console().print(table)
+
+
+@click.command("passes")
+@click.option("--markdown", is_flag=True, help="Print docs/passes.md.")
+def passes_command(markdown: bool) -> None:
+    """List every pass with what it does and its options."""
+    from passes.document import markdown as document
+    from passes.registry import REGISTRY
+
+    if markdown:
+        click.echo(document(), nl=False)
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in ("pass", "numbers", "purpose", "what it does"):
+        table.add_column(heading)
+    for kind in REGISTRY:
+        summary = (kind.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
+        table.add_row(f"[bold]{kind.name}[/]", kind.effect.value, kind.purpose.value, summary)
+    console().print(table)
+
+
+@click.command("prove")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to measure with.  [default: physical cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def prove_command(bundle: Path, threads: int | None, as_json: bool) -> None:
+    """Prove on this machine the variants of BUNDLE that were compiled elsewhere, and write the proof into it."""
+    from artifacts.bundle import open_bundle
+    from compiler.prove import prove_bundle
+    from compiler.report import render
+
+    opened = open_bundle(bundle)
+    proofs = prove_bundle(opened, threads or 0)
+    if proofs == opened.proof.variants and not as_json:
+        console().print("nothing to prove: every variant is proven" if proofs else "the bundle has no variants")
+    report = render(opened.manifest, proofs, opened.digest).encode()
+    proven = opened.with_proof(type(opened.proof)(opened.digest, proofs, ()), {"report.html": report})
+    if as_json:
+        rows = [{"variant": p.variant, "status": p.status, "reason": p.reason} for p in proven.proof.variants]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for proof in proven.proof.variants:
+        console().print(proof_table(proven, proof))
+    if not any(proof.status == "proven" for proof in proven.proof.variants):
+        raise UsageError("no variant could be proven here", "Run this on a machine with the target's provider")

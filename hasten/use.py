@@ -1,0 +1,153 @@
+"""Commands that use a bundle: run, bench."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from artifacts.errors import DataError, UsageError
+
+from .show import console
+
+
+def _machine_options(command: Any) -> Any:
+    """The options by which a user overrides the choice of variant and provider."""
+    for option in (
+        click.option("--device", help="Where to run: cpu, cuda, cuda:1 …  [default: the fastest that is correct]"),
+        click.option("--provider", help="Execution provider: cpu, openvino, cuda, tensorrt or its full name."),
+        click.option("--variant", help="Variant of the bundle."),
+        click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1)
+@click.option("-i", "--input", "source", type=click.Path(path_type=Path), help="Read texts or jsonl records from here.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write jsonl here, complete or not at all.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Padded tokens a batch."
+)
+@click.option("--explain", is_flag=True, help="Say on standard error which variant and provider run, and why.")
+@_machine_options
+def run_command(
+    bundle: Path,
+    texts: tuple[str, ...],
+    source: Path | None,
+    output: Path | None,
+    max_tokens: int,
+    explain: bool,
+    device: str | None,
+    provider: str | None,
+    variant: str | None,
+    threads: int | None,
+) -> None:
+    """Run BUNDLE on TEXTS, on a file, or on standard input; a line of JSON each.
+
+    Records are texts, or JSON objects such as {"text": …} or {"question": …, "context": …}.
+    """
+    from runtimes.jsonl import read_records, run_records, to_line, write_rows
+    from runtimes.load import load
+
+    if texts and source is not None:
+        raise UsageError("texts and --input were both given", "Give one of them")
+    if not texts and source is None and sys.stdin.isatty():
+        raise UsageError("nothing to run on", 'Give texts, --input FILE, or pipe lines in: echo "text" | hasten run …')
+    with load(bundle, device=device, provider=provider, variant=variant, threads=threads or 0) as model:
+        if explain:
+            click.echo(model.explain(), err=True)
+        stream = None if source is None else _open(source)
+        records = (
+            enumerate(texts, 1) if texts else read_records(stream or sys.stdin.buffer, name=str(source or "stdin"))
+        )
+        chunk = 256 if texts or source is not None else 1
+        name = "argument" if texts else str(source or "stdin")
+        rows = run_records(model, records, name=name, max_tokens=max_tokens, chunk=chunk)
+        try:
+            if output is not None:
+                click.echo(f"{output}: {write_rows(rows, output)} records", err=True)
+                return
+            for row in rows:
+                sys.stdout.buffer.write(to_line(row))
+                sys.stdout.buffer.flush()
+        finally:
+            if stream is not None:
+                stream.close()
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "Name a readable file") from error
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 1,16", context, parameter) from error
+    if any(number < 1 for number in numbers):
+        raise click.BadParameter(f"{value!r} has a number below 1", context, parameter)
+    return numbers
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", help="Compare with `reference` (needs compile --keep-reference) or with another bundle.")
+@click.option("--batches", default="1,16", show_default=True, callback=_numbers, help="Rows.")
+@click.option("--lengths", default="32,128", show_default=True, callback=_numbers, help="Tokens a row.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="For each shape."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_machine_options
+def bench_command(
+    bundle: Path,
+    against: str | None,
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+    as_json: bool,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Measure latency and throughput of BUNDLE here, interleaved with what it is compared with."""
+    from artifacts.bundle import open_bundle
+    from runtimes.bench import bench
+
+    report = bench(
+        open_bundle(bundle), against=against, batches=batches, lengths=lengths, threads=threads or 0, **options
+    )
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=1))
+        return
+    machine = report.machine
+    console().print(
+        f"{report.name}, {report.variant} on {report.provider} ({machine.cpu}, {machine.cores} cores)", highlight=False
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    heads = ["batch × length", "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls"]
+    for head in [*heads, *(["reference ms", "faster", "quartiles"] if against else [])]:
+        table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+    for row in report.rows:
+        cells = [f"{row.batch} × {row.length}", *(f"{ms:.2f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))]
+        cells += [f"{row.per_second:.1f}", str(row.calls)]
+        if row.ratio is not None and row.against_ms is not None:
+            cells += [
+                f"{row.against_ms:.2f}",
+                f"{row.ratio.median:.2f}x",
+                f"{row.ratio.low:.2f} to {row.ratio.high:.2f}",
+            ]
+        table.add_row(*cells)
+    console().print(table)
+    if report.ratio is not None:
+        console().print(
+            f"[bold]{report.ratio.median:.2f}x[/] the speed of {report.against} over these shapes", highlight=False
+        )
