@@ -46,6 +46,7 @@ class Goal:
 
     @property
     def met(self) -> bool:
+        """Whether the figure reaches the goal."""
         if self.figure is None:
             return False
         return self.figure >= self.goal if self.at_least else self.figure <= self.goal
@@ -125,9 +126,8 @@ def speed(bundle: Path, seconds: float) -> dict[str, Any]:
     arguments = ("--variant", "cpu-int8", "--against", "reference", "--batches", "1,16", "--lengths", "32,128")
     report: dict[str, Any] = json.loads(hasten("bench", str(bundle), *arguments, "--seconds", str(seconds), "--json"))
     for row in report["rows"]:
-        print(
-            f"{row['batch']:3} × {row['length']:3}: {row['against_ms']:7.2f} → {row['p50_ms']:7.2f} ms, {row['ratio']['median']:.2f}x"
-        )
+        times = f"{row['against_ms']:7.2f} → {row['p50_ms']:7.2f} ms"
+        print(f"{row['batch']:3} × {row['length']:3}: {times}, {row['ratio']['median']:.2f}x")
     return report
 
 

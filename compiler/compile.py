@@ -118,7 +118,7 @@ def _check_plan(plan: Plan | None, found: ModelSource) -> None:
 
 
 def _settle(exported: Exported, folder: GraphFolder) -> Exported:
-    """Move the weights to disk and let go of the original model: from here on, memory holds one graph without weights."""
+    """Move the weights to disk and let go of the original model: from here on, memory holds a graph without weights."""
     folder.save(exported.model)
     return replace(exported, reference=None)
 

@@ -1,4 +1,4 @@
-"""What a compile judges by: golden inputs and outputs, held-out data with the original model's answers, shapes to time."""
+"""What a compile judges by: golden inputs and outputs, held-out data and the original's answers, shapes to time."""
 
 from __future__ import annotations
 

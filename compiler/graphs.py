@@ -1,4 +1,4 @@
-"""Writes an onnx_ir graph as ONNX Runtime loads it from a bundle: small tensors inline, large ones in shared weight files."""
+"""Writes a graph as ONNX Runtime loads it from a bundle: small tensors inline, large ones in shared weight files."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from runtimes.providers import probe
 
 LOSS = 0.985
 """Slower is what has the upper quartile of its rounds below this. Quartiles, not a median: machines are noisy."""
+
 Shapes = Mapping[tuple[int, int], Feeds]
 _ROUNDS = 5
 _SECONDS = 0.12
@@ -66,8 +67,8 @@ def is_slower(speeds: tuple[Speed, ...]) -> bool:
 def prove_bundle(bundle: Bundle, threads: int) -> tuple[VariantProof, ...]:
     """Prove on this machine the variants that were compiled for another one.
 
-    Numbers are the golden test within the variant's tolerance; speed is next to the fastest proven variant of the bundle on
-    the CPU. A variant that fails is refused: the loader never takes it.
+    Numbers are the golden test within the variant's tolerance; speed is next to the first variant of the bundle that
+    the CPU provider runs, if there is one. A variant that fails is refused: the loader never takes it.
 
     Returns:
         New proofs of the variants whose provider works here and which were unproven; the others as they were.

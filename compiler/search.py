@@ -1,4 +1,4 @@
-"""The search: each stage of the recipe in turn, kept where the gates let it stand; then ONNX Runtime's own optimizers."""
+"""The search: each stage of the recipe in turn, kept if the gates let it stand; then ONNX Runtime's own optimizers."""
 
 from __future__ import annotations
 

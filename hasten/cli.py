@@ -68,28 +68,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        cli.main(args=arguments, prog_name="hasten", standalone_mode=False)
-    except HastenError as error:
-        return _fail(error)
+        code = cli.main(args=arguments, prog_name="hasten", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
-        return _fail(UsageError(error.format_message(), _help_hint(error)))
     except (click.Abort, KeyboardInterrupt):
         click.echo("hasten: interrupted; nothing was left half-written", err=True)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in _COMPILE_PACKAGES:
-            return _fail(InstallationError(f"{error.name} is not installed", "pip install 'hasten[compile]'"))
-        return _crash(error)
-    except OSError as error:
-        return _fail(OutputError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")))
     except Exception as error:  # noqa: BLE001 - the last resort: a user sees one line, never a traceback
-        return _crash(error)
-    return 0
+        ours = _as_ours(error)
+        return _crash(error) if ours is None else _fail(ours)
+    return code if isinstance(code, int) else 0
+
+
+def _as_ours(error: Exception) -> HastenError | None:
+    """What a user is told for an error; None where it is a bug of ours."""
+    if isinstance(error, HastenError):
+        return error
+    if isinstance(error, click.ClickException):
+        return UsageError(error.format_message(), _help_hint(error))
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _COMPILE_PACKAGES:
+        return InstallationError(f"{error.name} is not installed", "pip install 'hasten[compile]'")
+    if isinstance(error, OSError):
+        return OutputError(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    return None
 
 
 def _fail(error: HastenError) -> int:

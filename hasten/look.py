@@ -16,7 +16,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "skipped": "yellow", "broken": "red
 _BROKEN = 1
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what a bundle is, how it was made, what was proven.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print manifest and proof as JSON.")
 def inspect_command(bundle: Path, as_json: bool) -> None:
@@ -55,7 +55,7 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         console().print(proof_table(opened, proof))
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check hashes, graphs and the golden test of a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify_command(bundle: Path, as_json: bool) -> None:
@@ -75,7 +75,7 @@ def verify_command(bundle: Path, as_json: bool) -> None:
         raise IntegrityError(f"{failed[0].name}: {failed[0].detail}", "Compile again, or get the bundle again")
 
 
-@click.command("pack")
+@click.command("pack", short_help="Pack a bundle into one file.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 def pack_command(bundle: Path, file: Path | None) -> None:
@@ -87,7 +87,7 @@ def pack_command(bundle: Path, file: Path | None) -> None:
     click.echo(f"{place}: {size_text(place.stat().st_size)}")
 
 
-@click.command("unpack")
+@click.command("unpack", short_help="Unpack a file into a bundle.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("output", type=click.Path(path_type=Path), required=False)
 @click.option("--force", is_flag=True, help="Replace OUTPUT even if it is not a bundle.")
@@ -103,7 +103,7 @@ def unpack_command(file: Path, output: Path | None, force: bool) -> None:
     click.echo(f"{place}: complete and verified")
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check this installation and machine.")
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor_command(bundle: Path | None, as_json: bool) -> None:

@@ -33,7 +33,7 @@ class Percentage(click.ParamType[float]):
         return share
 
 
-@click.command("compile")
+@click.command("compile", short_help="Compile a model into a bundle.")
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
 @click.option(
@@ -107,7 +107,7 @@ def recipes_command(as_json: bool) -> None:
     console().print(table)
 
 
-@click.command("passes")
+@click.command("passes", short_help="List the passes.")
 @click.option("--markdown", is_flag=True, help="Print docs/passes.md.")
 def passes_command(markdown: bool) -> None:
     """List every pass with what it does and its options."""
@@ -126,7 +126,7 @@ def passes_command(markdown: bool) -> None:
     console().print(table)
 
 
-@click.command("prove")
+@click.command("prove", short_help="Prove here what was compiled elsewhere.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to measure with.  [default: physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

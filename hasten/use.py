@@ -27,7 +27,7 @@ def _machine_options(command: Any) -> Any:
     return command
 
 
-@click.command("run")
+@click.command("run", short_help="Run a bundle on texts, a file or standard input.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("texts", nargs=-1)
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), help="Read texts or jsonl records from here.")
@@ -99,7 +99,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     return numbers
 
 
-@click.command("bench")
+@click.command("bench", short_help="Measure latency and throughput of a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", help="Compare with `reference` (needs compile --keep-reference) or with another bundle.")
 @click.option("--batches", default="1,16", show_default=True, callback=_numbers, help="Rows.")

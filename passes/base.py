@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol, runtime_checkable
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from artifacts.target import Target
-
-Feeds = Mapping[str, NDArray[np.generic]]
-Evaluate = Callable[[ir.Model, Feeds], dict[str, NDArray[np.generic]]]
 
 
 class Effect(Enum):
@@ -71,12 +65,9 @@ class Context:
 
     Attributes:
         target: What the graph is compiled for.
-        evaluate: Runs a graph in ONNX Runtime: ``evaluate(model, feeds) -> outputs``; lent by the compiler, absent where
-            a pass may not execute anything.
     """
 
     target: Target
-    evaluate: Evaluate | None = None
 
 
 @runtime_checkable

@@ -290,7 +290,10 @@ class TextEncoder:
             raise BundleError(f"{self._path} is not a tokenizer: {error}", "Compile the model again") from error
         pair = strategy == "only_second"
         if length <= tokenizer.num_special_tokens_to_add(is_pair=pair) + int(pair):
-            raise BundleError(f"max_length {length} leaves no room for text", "Compile with a longer --max-length")
+            raise BundleError(
+                f"max_length {length} leaves no room for text",
+                "Its tokenizer states too short a model_max_length: correct it and compile again",
+            )
         tokenizer.no_padding()
         tokenizer.enable_truncation(length, stride=stride, strategy=strategy)
         return tokenizer
