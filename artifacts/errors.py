@@ -29,9 +29,11 @@ class HastenError(Exception):
     Attributes:
         what: What is wrong, and where.
         remedy: What the user can do about it; may be empty.
+        told: A document for machines was already printed, and this is in it.
     """
 
     exit_code: ClassVar[int] = 1
+    told: bool = False
 
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what = _one_line(what)

@@ -152,6 +152,8 @@ def check_parent(out: Path) -> None:
     Raises:
         OutputError: The folder it is in is missing, no folder, or may not be written; or it is a root.
     """
+    if any("\ud800" <= character <= "\udfff" for character in str(out)):
+        raise OutputError(f"{out} cannot be written: its name is not UTF-8", "choose another place")
     if not out.name:
         raise OutputError(f"{out} cannot be written: it is the root of a file system", "name a folder in it")
     if not out.parent.is_dir():

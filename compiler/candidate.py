@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from artifacts.manifest import SessionOptions
-from passes.base import Effect, Pass
+from passes.base import Effect, Outcome, Pass
 from passes.pipeline import Pipeline
 
 from .graphs import GraphFolder, SavedGraph
@@ -35,12 +35,13 @@ class Candidate:
     error: float = 0.0
     precision: str = "fp32"
 
-    def rewritten(self, model: ir.Model, folder: GraphFolder, passes: tuple[Pass, ...]) -> Candidate:
-        """This candidate after ``passes`` turned its graph into ``model``."""
+    def rewritten(self, model: ir.Model, folder: GraphFolder, results: tuple[tuple[Pass, Outcome], ...]) -> Candidate:
+        """This candidate after passes with these outcomes turned its graph into ``model``."""
         precision = self.precision
-        for a_pass in passes:
-            precision = _PRECISIONS.get(a_pass.name, precision)
-        pipeline = Pipeline((*self.pipeline.passes, *passes))
+        for a_pass, outcome in results:
+            precision = _PRECISIONS.get(a_pass.name, precision) if outcome.changed else precision
+        # Also those that changed nothing: they may have annotated shapes that a later pass relied on.
+        pipeline = Pipeline((*self.pipeline.passes, *(a_pass for a_pass, _ in results)))
         return replace(self, model=model, graph=folder.save(model), pipeline=pipeline, precision=precision)
 
 
@@ -54,7 +55,8 @@ class Trial:
         lossy: Whether it may change the numbers: then the quality budget is checked.
         must_gain: Whether it is kept only where it is faster; else it is kept unless it is slower.
         changed: Places rewritten.
-        refused: Places left alone, with reasons.
+        refused: How many places were left alone.
+        why_refused: The first of them, with the reason.
         required: Whether the target cannot run the graph without it: then its speed does not matter.
     """
 
@@ -64,6 +66,7 @@ class Trial:
     must_gain: bool
     changed: int
     refused: int = 0
+    why_refused: str = ""
     required: bool = False
 
 

@@ -87,6 +87,8 @@ class Columns:
                 found[role] = int(column)
             else:
                 there = ", ".join(header) if header is not None else f"0 to {width - 1}, without names"
+                if header is None and not column.isdecimal():
+                    there += ": its first line has no such name"
                 raise DataError(f"{path} has no column {column}", f"Its columns are {there}")
         return found
 

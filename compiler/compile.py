@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from artifacts.bundle import Bundle, BundleWriter
+from artifacts.constraints import printable
 from artifacts.errors import UsageError
 from artifacts.manifest import Manifest, Source
 from artifacts.proof import Proof
@@ -23,6 +24,7 @@ from .plan import Plan, load_plan
 from .recipe import Recipe, load_recipe
 from .report import render
 from .source import ModelSource, read_source
+from .tasks import TENSORS
 from .variant import BuiltVariant, Workshop
 
 Announce = Callable[[str, float], None]
@@ -82,7 +84,8 @@ def compile_model(source: str | Path, output: str | Path, **options: object) -> 
     Raises:
         HastenError: Whatever keeps the bundle from being made; nothing half-written is left behind.
     """
-    request = CompileOptions(**options)  # type: ignore[arg-type]  # the dataclass names a wrong option itself
+    paths = {name: Path(value) for name in ("data", "plan") if isinstance(value := options.get(name), str)}
+    request = CompileOptions(**{**options, **paths})  # type: ignore[arg-type]  # the dataclass names a wrong option
     return compile_model_with(str(source), Path(output), request).bundle
 
 
@@ -92,10 +95,11 @@ def compile_model_with(
     """The same with the options as a value, and with progress: ``announce(what begins, share of the work done)``."""
     recipe = load_recipe(options.recipe)
     plan = load_plan(options.plan) if options.plan is not None else None
+    if plan is not None:
+        options = replace(options, seed=plan.seed, pooling=options.pooling or plan.pooling or None)
     with BundleWriter(output, force=options.force) as writer:
         announce("reading the source", 0.0)
-        found = read_source(source, options.task, pooling=options.pooling)
-        _check_plan(plan, found)
+        found = _found(source, plan, options)
         data = read_data(options.data, options.columns, found.task)
         announce("exporting", 0.02)
         exported = export_model(found, seed=options.seed)
@@ -112,9 +116,21 @@ def compile_model_with(
     return Compiled(bundle, _notes(exported, evidence, variants))
 
 
-def _check_plan(plan: Plan | None, found: ModelSource) -> None:
+def _found(source: str, plan: Plan | None, options: CompileOptions) -> ModelSource:
+    """The source, under a name that a manifest can hold, and of the plan's task and content where there is a plan."""
+    if options.name is not None and not _is_name(options.name):
+        raise UsageError(f"the name {options.name[:40]!r} cannot be used", "Pass at most 256 printable characters")
+    planned = plan.task if plan is not None and plan.task != TENSORS else None
+    found = read_source(source, options.task or planned, pooling=options.pooling)
     if plan is not None and plan.source != found.digest:
         raise UsageError(f"the plan was made for another model ({plan.source[:19]})", "Compile without --plan")
+    if plan is not None and plan.task != found.task:
+        raise UsageError(f"the plan was made for {plan.task}, and this is {found.task}", "Compile without --plan")
+    return found if _is_name(found.name) else replace(found, name=printable(found.name)[:256] or "model")
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 256 and printable(text) == text
 
 
 def _settle(exported: Exported, folder: GraphFolder) -> Exported:
@@ -139,7 +155,9 @@ def _variants(
 
 
 def _targets(names: tuple[str, ...]) -> tuple[Target, ...]:
-    chosen = []
+    if not names:
+        raise UsageError("there is no target to compile for", f"Give one of {', '.join(t.name for t in TARGETS)}")
+    chosen: list[Target] = []
     for name in names:
         if name == "auto":
             chosen += [target for target in TARGETS if probe(target.provider).ok]
@@ -160,7 +178,9 @@ def _write(
         writer.add_file(f"{variant.planned.id}.onnx", variant.candidate.graph.path)
     for trial in writer.staging.glob("trial-*.onnx"):
         trial.unlink()
-    plan = Plan(found.digest, found.task, options.seed, tuple(variant.planned for variant in variants))
+    plan = Plan(
+        found.digest, found.task, options.pooling or "", options.seed, tuple(variant.planned for variant in variants)
+    )
     writer.add_bytes("plan.toml", plan.to_toml())
     writer.add_bytes("golden.npz", evidence.golden_bytes())
     manifest = Manifest(

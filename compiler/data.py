@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from artifacts.errors import DataError
+from artifacts.errors import DataError, UsageError
 
 from .columns import Columns, label_of, text_of
 from .tables import read_records
@@ -80,11 +80,13 @@ def read_data(path: Path | None, columns: str | None, task: str) -> Dataset:
         task: What the rows are for.
 
     Raises:
-        UsageError: ``columns`` makes no sense.
+        UsageError: ``columns`` makes no sense, or there is no file.
         DataError: The file is missing, empty, not UTF-8, has a line of more than 1 MB or lacks a column, or a score is
             no number.
     """
     if path is None:
+        if columns is not None:
+            raise UsageError(f"--columns {columns!r} speaks of a file, and there is none", "Pass it: --data FILE")
         return neutral(task)
     wanted = Columns.parse(columns) if columns is not None else None
     scored = task in _SCORED

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from artifacts.errors import UnsupportedError
 from artifacts.manifest import SessionOptions, TensorSpec, TextProcessor
 from artifacts.proof import Fidelity
 from artifacts.target import CPU_PROVIDER
@@ -22,7 +23,7 @@ from runtimes.text import TextEncoder, Tokens, pad
 from .data import Dataset, Row, items, with_masks
 from .export import Exported
 from .export.onnx_import import index_limits, random_feeds
-from .metrics import Budget, Metric, condense, default_budget, join, measure
+from .metrics import Budget, condense, default_budget, join, measure
 from .source import ModelSource
 
 Arrays = dict[str, NDArray[Any]]
@@ -74,6 +75,8 @@ class Evidence:
 
     def fidelity(self, run: Run) -> tuple[Fidelity, ...]:
         """Quality of a model on the held-out data, a row for each metric; the budget stands in the one that decides."""
+        outputs = join([condense(self.task, run(feeds), feeds, mask_id=self.mask_id) for feeds in self.feeds])
+        samples = len(self.rows) or sum(len(next(iter(feeds.values()))) for feeds in self.feeds)
         return tuple(
             Fidelity(
                 metric=metric.name,
@@ -81,18 +84,23 @@ class Evidence:
                 reference=metric.reference_value,
                 drop=metric.drop,
                 budget=self.budget.limit if metric.name == self.budget.metric else 1.0,
-                samples=len(self.rows) or sum(len(next(iter(feeds.values()))) for feeds in self.feeds),
+                samples=samples,
                 data=self.data,
             )
-            for metric in self._metrics(run)
+            for metric in measure(self.task, self.answers, outputs, self.rows, self.processor)
         )
 
     def shortfall(self, run: Run) -> str:
         """Empty if a model is within the quality budget; else by how much it is not."""
-        for metric in self._metrics(run):
-            if metric.name == self.budget.metric and not metric.drop <= self.budget.limit:
-                return f"{metric.name} drops by {metric.drop:.4f}, allowed {self.budget.limit:.4f}"
-        return ""
+        return self.exceeded(self.fidelity(run))
+
+    def exceeded(self, fidelity: tuple[Fidelity, ...]) -> str:
+        """The same for quality that was measured before."""
+        for found in fidelity:
+            if found.metric == self.budget.metric:
+                within = found.drop <= found.budget
+                return "" if within else f"{found.metric} drops by {found.drop:.4f}, allowed {found.budget:.4f}"
+        return f"{self.budget.metric} cannot be measured on {self.data}"
 
     def golden_bytes(self) -> bytes:
         """golden.npz, uncompressed; the same arrays give the same bytes."""
@@ -101,10 +109,6 @@ class Evidence:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # the stub takes the names for its own options
         return buffer.getvalue()
-
-    def _metrics(self, run: Run) -> tuple[Metric, ...]:
-        outputs = join([condense(self.task, run(feeds), feeds, mask_id=self.mask_id) for feeds in self.feeds])
-        return measure(self.task, self.answers, outputs, self.rows, self.processor)
 
 
 def gather(
@@ -119,6 +123,9 @@ def gather(
         folder: Where the processor's files lie.
         seed: Chooses the held-out rows, or makes the tensors.
         max_drop: Share of quality that may be lost; None: the task's default.
+
+    Raises:
+        UnsupportedError: The original model computes numbers that are not finite.
     """
     problem = exported.processor.problem if exported.processor is not None else ""
     budget = default_budget(source.task, data.labelled, problem=problem)
@@ -200,6 +207,11 @@ def _tensors(source: ModelSource, exported: Exported, reference: _Reference, bud
     limits = index_limits(exported.model)
     feeds = tuple(random_feeds(exported.inputs, {}, seed + index, limits=limits) for index in range(_TENSOR_BATCHES))
     answers = [reference.run(one) for one in feeds]
+    if any(not np.isfinite(array).all() for one in answers for array in one.values() if array.dtype.kind == "f"):
+        raise UnsupportedError(
+            f"{source.path} computes numbers that are not finite for inputs from N(0, 1): nothing can be compared",
+            "Compile the model without the part that needs inputs of another kind",
+        )
     shapes = {}
     for batch in _TENSOR_SIZES:
         sizes = {dim: batch for spec in exported.inputs[:1] for dim in spec.shape[:1] if isinstance(dim, str)}

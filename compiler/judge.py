@@ -19,7 +19,7 @@ GAIN = 1.01
 """A change whose purpose is speed stays if it is at least this much faster, in the lower quartile of the rounds too."""
 _TIERS = ((3, 0.10), (4, 0.04), (5, 0.00))
 """Rounds to measure, and how far from the line they must lie, quartiles included, for no more to be needed."""
-_SECONDS = 0.06
+_SECONDS = 0.1
 
 
 @dataclass
@@ -88,8 +88,9 @@ class Judge(AbstractContextManager["Judge"]):
             if shortfall:
                 return Verdict(False, f"quality: {shortfall}", candidate, miss=shortfall)
             # What the lossy step cost here, twice: kernels elsewhere may round the other way at every step.
-            candidate = replace(candidate, tolerance=max(candidate.tolerance, 2.0 * error))
-        elif error > candidate.tolerance:
+            # Beyond 1 nothing of the original is left, whatever the metric says.
+            candidate = replace(candidate, tolerance=max(candidate.tolerance, min(2.0 * error, 1.0)))
+        if error > candidate.tolerance:
             return Verdict(False, f"numbers: relative error {error:.1e} over {candidate.tolerance:.1e}", candidate)
         unoptimized = self._unoptimized_error(candidate)
         if unoptimized > candidate.tolerance:

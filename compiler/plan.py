@@ -9,11 +9,14 @@ from typing import Any
 
 import tomli_w
 
-from artifacts.errors import UsageError
-from artifacts.manifest import SessionOptions
+from artifacts.errors import SchemaError, UsageError
+from artifacts.manifest import SessionOptions, Variant
+from artifacts.strict import At, decode
+from artifacts.target import Target
+from passes.pipeline import parse
 
 SCHEMA = 1
-_TOP = {"schema": int, "source": str, "task": str, "seed": int, "variant": list}
+_TOP = {"schema": int, "source": str, "task": str, "pooling": str, "seed": int, "variant": list}
 _VARIANT = {
     "id": str,
     "target": str,
@@ -57,12 +60,14 @@ class Plan:
     Attributes:
         source: Digest of the model it was made for.
         task: Task of the graph.
+        pooling: The pooling that was asked for; empty for the model's own.
         seed: Seed of the compile.
         variants: In the order of the bundle.
     """
 
     source: str
     task: str
+    pooling: str
     seed: int
     variants: tuple[PlannedVariant, ...]
 
@@ -82,8 +87,8 @@ class Plan:
             }
             for variant in self.variants
         ]
-        table = {"schema": SCHEMA, "source": self.source, "task": self.task, "seed": self.seed, "variant": rows}
-        return tomli_w.dumps(table).encode()
+        table = {"schema": SCHEMA, "source": self.source, "task": self.task, "pooling": self.pooling, "seed": self.seed}
+        return tomli_w.dumps({**table, "variant": rows}).encode()
 
 
 def load_plan(path: Path) -> Plan:
@@ -103,19 +108,39 @@ def load_plan(path: Path) -> Plan:
         raise UsageError(f"plan {file} has schema {table.get('schema')!r}, this hasten reads {SCHEMA}")
     _check(table, _TOP, f"plan {file}")
     variants = tuple(_variant(row, f"plan {file}: variant {index}") for index, row in enumerate(table["variant"]))
-    return Plan(table["source"], table["task"], table["seed"], variants)
+    ids = [variant.id for variant in variants]
+    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+        raise UsageError(f"plan {file} has the variant {twice[0]!r} twice")
+    if not variants or table["seed"] < 0:
+        raise UsageError(f"plan {file} has {'a negative seed' if variants else 'no variants'}")
+    return Plan(table["source"], table["task"], table["pooling"], table["seed"], variants)
 
 
 def _variant(row: object, where: str) -> PlannedVariant:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is not a table")
     _check(row, _VARIANT, where)
-    if not all(isinstance(name, str) for name in row["disabled_optimizers"]):
-        raise UsageError(f"{where}: disabled_optimizers must be a list of texts")
-    session = SessionOptions(row["optimization_level"], tuple(row["disabled_optimizers"]), row["compute"])
+    try:
+        providers = list(Target.parse(row["target"]).providers)
+        parse(row["pipeline"])
+        entry = _manifest_entry(row, providers, At(where))
+    except (SchemaError, UsageError) as error:
+        raise UsageError(error.what if where in error.what else f"{where}: {error.what}", error.remedy) from error
     return PlannedVariant(
-        row["id"], row["target"], row["recipe"], row["precision"], row["pipeline"], session, row["tolerance"]
+        entry.id, entry.target, row["recipe"], entry.precision, entry.pipeline, entry.session, entry.tolerance
     )
+
+
+def _manifest_entry(row: dict[str, Any], providers: list[str], at: At) -> Variant:
+    """What the manifest will say of the variant: held now to what a manifest may say, and not after the compile."""
+    session = {
+        "optimization_level": row["optimization_level"],
+        "disabled_optimizers": row["disabled_optimizers"],
+        "precision": row["compute"],
+    }
+    same = {key: row[key] for key in ("id", "target", "precision", "pipeline", "tolerance")}
+    model = f"{row['id']}.onnx"
+    return decode(Variant, {**same, "providers": providers, "model": model, "session": session, "weights": []}, at)
 
 
 def _check(table: dict[str, Any], kinds: dict[str, type], where: str) -> None:

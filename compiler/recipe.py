@@ -98,3 +98,6 @@ def _check_types(table: Mapping[str, object], where: str) -> None:
             raise UsageError(f"recipe {where}: [stages] has the unknown target {key!r}")
         if not isinstance(value, list) or not all(isinstance(stage, str) for stage in value):
             raise UsageError(f"recipe {where}: stages.{key} must be a list of texts")
+        for stage in value:
+            if not all(part.strip() for part in stage.split("|")):
+                raise UsageError(f"recipe {where}: stages.{key} has an empty alternative in {stage!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from math import inf
 
 from artifacts.manifest import Manifest
 from artifacts.proof import Machine, VariantProof
@@ -43,7 +44,8 @@ def render(manifest: Manifest, proofs: Sequence[VariantProof], digest: str = "")
 
 def _variant(proof: VariantProof) -> Iterable[str]:
     yield f"<h2>{escape(proof.variant)}: {escape(proof.status)}</h2>"
-    yield f"<p class=note>{_bytes(proof.size)} · {escape(proof.reason)}{_machine(proof.machine)}</p>"
+    notes = (_bytes(proof.size), proof.reason, _machine(proof.machine))
+    yield f"<p class=note>{escape(' · '.join(note for note in notes if note))}</p>"
     if proof.fidelity:
         rows = [
             (
@@ -62,7 +64,7 @@ def _variant(proof: VariantProof) -> Iterable[str]:
         top = max(speed.ratio for speed in proof.speed)
         yield "<table><tr><th>batch × length<th class=n>reference<th class=n>here<th class=n>faster<th>"
         for s in proof.speed:
-            width = f"{12 * s.ratio / top:.1f}rem"
+            width = f"{12 * s.ratio / top if 0.0 < top < inf else 0.0:.1f}rem"
             yield (
                 f"<tr><td>{s.batch} × {s.length}<td class=n>{s.reference_ms:.2f} ms<td class=n>{s.ms:.2f} ms"
                 f"<td class=n>{s.ratio:.2f}×<td><span class=bar style='width:{width}'></span>"
@@ -71,9 +73,10 @@ def _variant(proof: VariantProof) -> Iterable[str]:
     heads = ("changed", "refused", "size", "faster", "error")
     yield "<table><tr><th>step" + "".join(f"<th class=n>{head}" for head in heads) + "<th>"
     for step in proof.steps:
+        ratio = f"{step.ratio:.2f}×" if step.ms else ""
         yield (
             f"<tr{'' if step.kept else ' class=off'}><td>{escape(step.name)}<td class=n>{step.changed}"
-            f"<td class=n>{step.refused}<td class=n>{_bytes(step.size)}<td class=n>{step.ratio:.2f}×"
+            f"<td class=n>{step.refused}<td class=n>{_bytes(step.size)}<td class=n>{ratio}"
             f"<td class=n>{step.error:.1e}<td>{'kept' if step.kept else 'not kept'}: {escape(step.reason)}"
         )
     yield "</table>"
@@ -87,7 +90,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _machine(machine: Machine | None) -> str:
     if machine is None:
         return ""
-    return escape(f" · measured on {machine.cpu}, {machine.cores} cores, onnxruntime {machine.onnxruntime}")
+    return f"measured on {machine.cpu}, {machine.cores} cores, onnxruntime {machine.onnxruntime}"
 
 
 def _bytes(size: int) -> str:

@@ -23,7 +23,8 @@ LOAD_TIME_FUSIONS = {
     "BiasGeluFusion": {"BiasGelu"},
     "EmbedLayerNormFusion": {"EmbedLayerNormalization"},
     "AttentionFusion": {"Attention"},
-    "MatmulTransposeFusion": {"FusedMatMul", "TransposeMatMul"},
+    "MatmulTransposeFusion": {"FusedMatMul"},
+    "MatMulScaleFusion": {"FusedMatMul"},
     "MatMulAddFusion": {"Gemm"},
     "DynamicQuantizeMatMulFusion": {"DynamicQuantizeMatMul"},
     "QuickGeluFusion": {"QuickGelu"},
@@ -61,10 +62,12 @@ class Search:
         best = base
         for alternatives in stages:
             best = self._first(best, alternatives)
+        lossy = any(is_lossy(stage.passes) for alternatives in stages for stage in alternatives)
         if tune:
-            best = self._precision(best)
+            best = self._precision(best) if lossy else best
             best = self._load_time_fusions(best)
-        if self.misses and not is_lossy(best.pipeline.passes):
+        relaxed = best.session.precision != base.session.precision
+        if self.misses and not relaxed and not is_lossy(best.pipeline.passes):
             raise FidelityError(
                 f"no lossy pass met the quality budget; nearest miss: {self.misses[0]}",
                 "Raise --max-drop, give more representative --data, or choose --recipe safe",
@@ -109,14 +112,16 @@ class Search:
         results: tuple[tuple[Pass, Outcome], ...] = stage.run(model, self.context, observers=observers)
         changed = sum(outcome.changed for _, outcome in results)
         refused = sum(len(outcome.refused) for _, outcome in results)
+        why = _why_refused(results)
         if not changed:
-            self.steps.append(_step(_label(stage), refused=refused, reason=_idle(results), before=best))
+            reason = f"nothing changed; {why}" if why else "nothing to change"
+            self.steps.append(_step(_label(stage), refused=refused, reason=reason, before=best))
             return None
         passes = tuple(a_pass for a_pass, outcome in results if outcome.changed)
-        candidate = best.rewritten(model, self.folder, passes)
+        candidate = best.rewritten(model, self.folder, results)
         speed = all(a_pass.purpose is Purpose.SPEED for a_pass in passes)
         required = not self._runnable(best)
-        return Trial(_label(stage), candidate, is_lossy(passes), speed, changed, refused, required)
+        return Trial(_label(stage), candidate, is_lossy(passes), speed, changed, refused, why, required)
 
     def _runnable(self, candidate: Candidate) -> bool:
         """Whether the target knows every operator of the graph."""
@@ -127,8 +132,8 @@ class Search:
         return True
 
     def _precision(self, best: Candidate) -> Candidate:
-        """Let the provider compute float32 graphs in the narrower format it prefers, if it has one."""
-        if best.session.precision != "fp32":
+        """Let the provider compute float32 graphs in the narrower format it prefers, if it has one and is here."""
+        if best.session.precision != "fp32" or self.judge.unmeasured:
             return best
         self.announce("bfloat16")
         relaxed = replace(best, session=replace(best.session, precision="bf16"))
@@ -158,7 +163,7 @@ class Search:
                 changed=trial.changed,
                 refused=trial.refused,
                 kept=verdict.kept,
-                reason=verdict.reason,
+                reason=f"{verdict.reason}; {trial.why_refused}" if trial.why_refused else verdict.reason,
                 size=verdict.candidate.graph.size,
                 ms=verdict.ms,
                 ratio=verdict.ratio,
@@ -174,9 +179,10 @@ def _label(stage: Pipeline) -> str:
     return str(stage) if len(stage.passes) < 3 else f"clean ({len(stage.passes)} passes)"
 
 
-def _idle(results: tuple[tuple[Pass, Outcome], ...]) -> str:
+def _why_refused(results: tuple[tuple[Pass, Outcome], ...]) -> str:
     refusals = [refusal for _, outcome in results for refusal in outcome.refused]
-    return f"nothing changed; {refusals[0].node}: {refusals[0].reason}" if refusals else "nothing to change"
+    more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
+    return f"left alone {refusals[0].node}: {refusals[0].reason}{more}".replace(" :", ":") if refusals else ""
 
 
 def _step(name: str, *, refused: int, reason: str, before: Candidate) -> Step:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from artifacts.errors import ProviderError
+from artifacts.errors import FidelityError, PassError, ProviderError
 from artifacts.manifest import SessionOptions, Variant
 from artifacts.proof import Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
@@ -121,8 +121,7 @@ class Workshop:
         unmeasured = absent or ("" if recipe.tune else f"the recipe {recipe.name} takes it as it is")
         with Judge(self.evidence, provider, unmeasured=unmeasured, threads=self.threads) as judge:
             search = self._search(judge, target, tell)
-            strict = "fp32" if target.float_type == "float32" and provider != CPU_PROVIDER else ""
-            base = judge.enthrone(self._base(SessionOptions(precision=strict)))
+            base = judge.enthrone(self._base(_strict(target)))
             best = search.walk(base, stages, tune=recipe.tune)
         tell("proving")
         planned = _planned(f"{target.name}-{best.precision}", target, recipe.name, best)
@@ -142,6 +141,12 @@ class Workshop:
             search = self._search(judge, target, lambda text: None)
             base = judge.enthrone(self._base(replace(planned.session, disabled_optimizers=())))
             candidate = search.replay(base, parse(planned.pipeline), planned.session)
+        if candidate.error > planned.tolerance:
+            raise PassError(
+                f"the plan does not hold here: {planned.id} is off by {candidate.error:.1e}, "
+                f"the plan allows {planned.tolerance:.1e}",
+                "Compile again without --plan",
+            )
         candidate = replace(candidate, tolerance=planned.tolerance)
         steps = tuple(search.steps)
         return BuiltVariant(planned, candidate, self._prove(planned, candidate, steps, provider, absent=absent))
@@ -153,8 +158,11 @@ class Workshop:
         if not is_slower(proof.speed):
             return BuiltVariant(planned, best, proof)
         # Each step held, and all together do not: ship what nothing was done to.
-        unoptimized = self._reference()
-        planned = _planned(planned.id, Target.parse(planned.target), planned.recipe, unoptimized)
+        target = Target.parse(planned.target)
+        with Judge(self.evidence, provider, threads=self.threads) as judge:
+            # It was judged on the CPU; here it is another provider's, which may compute in less than float32.
+            unoptimized = judge.enthrone(replace(self._reference(), session=_strict(target)))
+        planned = _planned(planned.id, target, planned.recipe, unoptimized)
         reason = "slower than the unoptimized graph as a whole: everything was reverted"
         return BuiltVariant(
             planned, unoptimized, replace(self._prove(planned, unoptimized, steps, provider, ()), reason=reason)
@@ -172,6 +180,9 @@ class Workshop:
     ) -> VariantProof:
         with Runnable(candidate.graph.path, provider, candidate.session).start(self.threads) as worker:
             fidelity = self.evidence.fidelity(worker.run)
+        if shortfall := self.evidence.exceeded(fidelity):
+            remedy = "Raise --max-drop, give more representative --data, or choose --recipe safe"
+            raise FidelityError(f"{planned.id} misses the quality budget: {shortfall}", remedy)
         if speed is None:
             speed = () if absent else self._race(candidate, provider)
         return VariantProof(
@@ -215,6 +226,11 @@ class Workshop:
             return CPU_PROVIDER, ""
         found = self._probes.setdefault(target.provider, probe(target.provider))
         return (target.provider, "") if found.ok else (CPU_PROVIDER, found.reason)
+
+
+def _strict(target: Target) -> SessionOptions:
+    """Loaded with nothing narrower than float32, also where the provider's default is: on this machine or another."""
+    return SessionOptions(precision="fp32" if target.float_type == "float32" and target != CPU else "")
 
 
 def _planned(identity: str, target: Target, recipe: str, candidate: Candidate) -> PlannedVariant:

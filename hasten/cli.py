@@ -71,6 +71,9 @@ def _run(arguments: list[str] | None) -> int:
         code = cli.main(args=arguments, prog_name="hasten", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("hasten: interrupted; nothing was left half-written", err=True)
         return INTERRUPTED
@@ -97,7 +100,7 @@ def _as_ours(error: Exception) -> HastenError | None:
 
 
 def _fail(error: HastenError) -> int:
-    if _wants_json():
+    if _wants_json() and not error.told:
         document = {"error": type(error).__name__, "what": error.what, "remedy": error.remedy, "exit": error.exit_code}
         click.echo(json.dumps(document))
     click.echo(f"hasten: {error}", err=True)

@@ -72,7 +72,9 @@ def verify_command(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
     if failed := [finding for finding in findings if finding.status == "failed"]:
-        raise IntegrityError(f"{failed[0].name}: {failed[0].detail}", "Compile again, or get the bundle again")
+        error = IntegrityError(f"{failed[0].name}: {failed[0].detail}", "Compile again, or get the bundle again")
+        error.told = as_json
+        raise error
 
 
 @click.command("pack", short_help="Pack a bundle into one file.")

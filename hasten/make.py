@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 from rich.table import Table
+from rich.text import Text
 
-from artifacts.errors import UsageError
+from artifacts.errors import ProviderError
 from artifacts.target import TARGETS
 
-from .show import console, progress, proof_table, size_text
+from .show import THREADS, console, progress, proof_table, size_text
 
 
 class Percentage(click.ParamType[float]):
@@ -56,7 +57,7 @@ class Percentage(click.ParamType[float]):
 @click.option("--columns", help="Columns of --data, by name or number: text=0,pair=1,label=2.")
 @click.option("--max-drop", type=Percentage(), help="Largest loss of quality allowed.  [default: 1%]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the held-out sample.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to measure with.  [default: physical cores]")
+@click.option("--threads", type=THREADS, help="Threads to measure with.  [default: physical cores]")
 @click.option("--plan", type=click.Path(path_type=Path), help="Repeat the decisions of this bundle or plan.toml.")
 @click.option(
     "--keep-reference", is_flag=True, help="Add the unoptimized graph, for `hasten bench --against reference`."
@@ -80,11 +81,9 @@ def compile_command(
         for proof in bundle.proof.variants:
             console().print(proof_table(bundle, proof))
         for note in compiled.notes:
-            console().print(f"[yellow]note[/] {note}", highlight=False)
+            console().print(Text.assemble(("note", "yellow"), f" {note}"))
         total = sum(entry.size for entry in bundle.manifest.files)
-        console().print(
-            f"{output}: {size_text(total)}, {bundle.digest[:19]}. Next: hasten run {output} …", highlight=False
-        )
+        console().print(Text(f"{output}: {size_text(total)}, {bundle.digest[:19]}. Next: hasten run {output} …"))
 
 
 @click.command("recipes")
@@ -128,7 +127,7 @@ def passes_command(markdown: bool) -> None:
 
 @click.command("prove", short_help="Prove here what was compiled elsewhere.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(min=1), help="Threads to measure with.  [default: physical cores]")
+@click.option("--threads", type=THREADS, help="Threads to measure with.  [default: physical cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def prove_command(bundle: Path, threads: int | None, as_json: bool) -> None:
     """Prove on this machine the variants of BUNDLE that were compiled elsewhere, and write the proof into it."""
@@ -138,15 +137,16 @@ def prove_command(bundle: Path, threads: int | None, as_json: bool) -> None:
 
     opened = open_bundle(bundle)
     proofs = prove_bundle(opened, threads or 0)
-    if proofs == opened.proof.variants and not as_json:
-        console().print("nothing to prove: every variant is proven" if proofs else "the bundle has no variants")
+    if proofs == opened.proof.variants and all(proof.status == "proven" for proof in proofs) and not as_json:
+        console().print("nothing to prove: every variant is proven")
     report = render(opened.manifest, proofs, opened.digest).encode()
     proven = opened.with_proof(type(opened.proof)(opened.digest, proofs, ()), {"report.html": report})
     if as_json:
         rows = [{"variant": p.variant, "status": p.status, "reason": p.reason} for p in proven.proof.variants]
         click.echo(json.dumps(rows, indent=1))
-        return
-    for proof in proven.proof.variants:
+    for proof in () if as_json else proven.proof.variants:
         console().print(proof_table(proven, proof))
     if not any(proof.status == "proven" for proof in proven.proof.variants):
-        raise UsageError("no variant could be proven here", "Run this on a machine with the target's provider")
+        error = ProviderError("no variant could be proven here", "Run this on a machine with the target's provider")
+        error.told = as_json
+        raise error

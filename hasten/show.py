@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import click
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +19,8 @@ from artifacts.proof import Step, VariantProof
 Announce = Callable[[str, float], None]
 """Called with what begins now and the share of the work that is done, 0 to 1."""
 
+THREADS = click.IntRange(min=1, max=1024)
+"""More threads than any machine has take minutes to start, if they start."""
 _STATUS = {"proven": "green", "unproven": "yellow", "refused": "red"}
 
 

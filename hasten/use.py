@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from artifacts.errors import DataError, UsageError
 
-from .show import console
+from .show import THREADS, console
 
 
 def _machine_options(command: Any) -> Any:
@@ -21,7 +22,7 @@ def _machine_options(command: Any) -> Any:
         click.option("--device", help="Where to run: cpu, cuda, cuda:1 …  [default: the fastest that is correct]"),
         click.option("--provider", help="Execution provider: cpu, openvino, cuda, tensorrt or its full name."),
         click.option("--variant", help="Variant of the bundle."),
-        click.option("--threads", type=click.IntRange(min=1), help="Threads.  [default: physical cores]"),
+        click.option("--threads", type=THREADS, help="Threads.  [default: physical cores]"),
     ):
         command = option(command)
     return command
@@ -51,7 +52,8 @@ def run_command(
 ) -> None:
     """Run BUNDLE on TEXTS, on a file, or on standard input; a line of JSON each.
 
-    Records are texts, or JSON objects such as {"text": …} or {"question": …, "context": …}.
+    A line of a file or of standard input is a text, or a JSON object such as {"text": …}, {"question": …,
+    "context": …} or, for plain tensors, {"input name": [numbers]}.
     """
     from runtimes.jsonl import read_records, run_records, to_line, write_rows
     from runtimes.load import load
@@ -130,7 +132,7 @@ def bench_command(
         return
     machine = report.machine
     console().print(
-        f"{report.name}, {report.variant} on {report.provider} ({machine.cpu}, {machine.cores} cores)", highlight=False
+        Text(f"{report.name}, {report.variant} on {report.provider} ({machine.cpu}, {machine.cores} cores)")
     )
     table = Table(box=None, pad_edge=False, header_style="dim")
     heads = ["batch × length", "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls"]
@@ -148,6 +150,5 @@ def bench_command(
         table.add_row(*cells)
     console().print(table)
     if report.ratio is not None:
-        console().print(
-            f"[bold]{report.ratio.median:.2f}x[/] the speed of {report.against} over these shapes", highlight=False
-        )
+        faster = (f"{report.ratio.median:.2f}x", "bold")
+        console().print(Text.assemble(faster, f" the speed of {report.against} over these shapes"))

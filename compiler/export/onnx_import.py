@@ -18,6 +18,7 @@ from runtimes.environment import onnxruntime as ort
 
 from ..checkpoint import NEWEST_OPSET
 from ..processor import read_processor
+from ..quiet import quiet
 from ..source import ModelSource
 from ..tasks import TENSORS
 from .exported import Exported, tensor_specs
@@ -48,7 +49,11 @@ def import_onnx(source: ModelSource) -> Exported:
     _check_runs(source.path)
     inputs, outputs = tuple(model.graph.inputs), tuple(model.graph.outputs)
     for value in (*inputs, *outputs):
-        if value.dtype is None or value.shape is None or value.dtype == ir.DataType.STRING:
+        if value.shape is None:
+            raise UnsupportedError(
+                f"{source.path} states no shape for {value.name}", "Export it with shapes; a dimension may be symbolic"
+            )
+        if value.dtype is None or value.dtype == ir.DataType.STRING:
             raise UnsupportedError(
                 f"{source.path} has {value.name} of type {value.type or 'unknown'}",
                 "Only tensors of numbers are compiled",
@@ -126,9 +131,17 @@ def _tables(value: ir.Value) -> Iterator[int]:
 
 def _load(path: Path) -> ir.Model:
     try:
-        return ir.load(path)
+        with quiet():
+            return ir.load(path)
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-        raise SourceError(f"{path} is corrupt: {error}"[:400], "Export the model again") from error
+        raise SourceError(f"{path} is corrupt: {_cause(error)}"[:400], "Export the model again") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: onnx_ir wraps it once for each level of the file."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _check_operators(model: ir.Model, path: Path) -> None:

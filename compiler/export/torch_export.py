@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
 from artifacts.errors import SourceError, UnsupportedError
@@ -33,6 +34,7 @@ FAILURES = (
     AttributeError,
     LookupError,
     ArithmeticError,
+    AssertionError,  # torch's layers, on sizes that make no sense
     OSError,
     ImportError,
     torch._dynamo.exc.TorchDynamoException,
@@ -149,8 +151,9 @@ def _load(source: ModelSource) -> _Loaded:
             trust_remote_code=False,
             weights_only=True,
         )
-    except FAILURES as error:
-        raise SourceError(f"{source.architecture} in {source.path} cannot be loaded: {_first_line(error)}") from error
+    except (*FAILURES, StrictDataclassError) as error:
+        what = f"{source.architecture} in {source.path} cannot be loaded: {_first_line(error)}"
+        raise SourceError(what, "Its config.json and weights must be of one model; download it again") from error
     model.eval().requires_grad_(False)
     head = wrap(model, source.task, source.pooling).eval()
     pairs = takes_pairs(source.task, model.config.to_dict())

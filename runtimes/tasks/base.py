@@ -206,6 +206,8 @@ def _convert(value: object, spec: TensorSpec) -> NDArray[Any]:
         raise UsageError(
             f"input {spec.name!r} has {array.ndim} axes", f"The graph takes {len(spec.shape)}: {spec.shape}"
         )
+    if any(isinstance(fixed, int) and fixed != size for fixed, size in zip(spec.shape, array.shape, strict=True)):
+        raise UsageError(f"input {spec.name!r} has the shape {array.shape}", f"The graph takes {spec.shape}")
     if spec.dtype == "str":
         return array
     try:
