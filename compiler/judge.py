@@ -8,7 +8,7 @@ from itertools import pairwise
 from types import TracebackType
 
 from artifacts.errors import ProviderError
-from runtimes.client import Timings, Worker, interleave
+from runtimes.client import Ratio, Timings, Worker, interleave
 from runtimes.golden import golden_error
 
 from .candidate import Candidate, Trial, Verdict
@@ -17,8 +17,8 @@ from .prove import LOSS
 
 GAIN = 1.01
 """A change whose purpose is speed stays if it is at least this much faster, in the lower quartile of the rounds too."""
-_TIERS = ((3, 0.10), (4, 0.04), (5, 0.00))
-"""Rounds to measure, and how far from the line they must lie, quartiles included, for no more to be needed."""
+_TIERS = ((3, 0.10), (3, 0.03), (4, 0.0))
+"""Rounds to measure, and how far beyond the line the quartiles must lie for no more to be needed."""
 _SECONDS = 0.1
 
 
@@ -115,8 +115,7 @@ class Judge(AbstractContextManager["Judge"]):
         workers, shapes = {"before": before, "after": after}, self.evidence.trial_feeds
         timings = interleave(workers, shapes, rounds=_TIERS[0][0], seconds=_SECONDS)
         for (_, margin), (more, _) in pairwise(_TIERS):
-            ratio = timings.ratio("before", "after")
-            if ratio.low > (GAIN if must_gain else LOSS) + margin or ratio.high < LOSS - margin:
+            if _decided(timings.ratio("before", "after"), must_gain, margin):
                 break
             timings += interleave(workers, shapes, rounds=more, seconds=_SECONDS)
         return timings
@@ -149,3 +148,10 @@ class Judge(AbstractContextManager["Judge"]):
         if self._reigning is not None:
             self._reigning.close()
         self._reigning = worker
+
+
+def _decided(ratio: Ratio, must_gain: bool, margin: float) -> bool:
+    """Whether more rounds are not worth their time: it is clear, or the change has no claim that they could save."""
+    if must_gain:
+        return ratio.low > GAIN + margin or ratio.median < 1.0
+    return ratio.median > 1.0 or ratio.high < LOSS - margin

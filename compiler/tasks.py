@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from artifacts.errors import InstallationError, UnsupportedError
+from artifacts.manifest import TASKS as BUNDLE_TASKS
 
 from .quiet import quiet
 
-TASKS = (
-    "feature-extraction",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "fill-mask",
-)
-EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
 TENSORS = "tensors"
+TASKS = tuple(task for task in BUNDLE_TASKS if task != TENSORS)
+"""Tasks that take text, and that a model's architecture is inferred to serve."""
+EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
 
 
 def serves(architecture: str, wanted: str | None) -> str:
