@@ -19,6 +19,9 @@ GAIN = 1.01
 """A change whose purpose is speed stays if it is at least this much faster, in the lower quartile of the rounds too."""
 _TIERS = ((3, 0.10), (3, 0.03), (4, 0.0))
 """Rounds to measure, and how far beyond the line the quartiles must lie for no more to be needed."""
+DRIFT = 1.25
+"""How much an exact change may add to the error of a quantized graph: it makes other values round the other way, which
+leaves an error of the same size in other places."""
 _SECONDS = 0.1
 
 
@@ -38,7 +41,7 @@ class Judge(AbstractContextManager["Judge"]):
     unmeasured: str = ""
     threads: int = 0
     _reigning: Worker | None = field(default=None, init=False)
-    _ms: float = field(default=0.0, init=False)
+    _rounding: float = field(default=0.0, init=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -54,6 +57,7 @@ class Judge(AbstractContextManager["Judge"]):
         """
         worker = self._start(candidate)
         self._crown(worker)
+        self._rounding = candidate.tolerance
         error = self._error(worker)
         if error > candidate.tolerance:
             raise ProviderError(
@@ -75,7 +79,6 @@ class Judge(AbstractContextManager["Judge"]):
             verdict = Verdict(False, f"does not run: {error.what}", trial.candidate)
         if verdict.kept:
             self._crown(worker)
-            self._ms = verdict.ms or self._ms
         else:
             worker.close()
         return verdict
@@ -90,8 +93,11 @@ class Judge(AbstractContextManager["Judge"]):
             # What the lossy step cost here, twice: kernels elsewhere may round the other way at every step.
             # Beyond 1 nothing of the original is left, whatever the metric says.
             candidate = replace(candidate, tolerance=max(candidate.tolerance, min(2.0 * error, 1.0)))
-        if error > candidate.tolerance:
-            return Verdict(False, f"numbers: relative error {error:.1e} over {candidate.tolerance:.1e}", candidate)
+            allowed = candidate.tolerance
+        else:
+            allowed = min(candidate.tolerance, max(self._rounding, DRIFT * trial.candidate.error))
+        if error > allowed:
+            return Verdict(False, f"numbers: relative error {error:.1e} over {allowed:.1e}", candidate)
         unoptimized = self._unoptimized_error(candidate)
         if unoptimized > candidate.tolerance:
             text = f"numbers: {unoptimized:.1e} off without ONNX Runtime's optimizations, {error:.1e} with them"

@@ -141,7 +141,7 @@ def test_replay_gives_the_same_graph(workshop: Workshop) -> None:
     assert len(again.proof.steps) == 1
     assert again.proof.steps[0].reason.startswith("as planned")
     narrow = replace(built.planned, tolerance=built.proof.golden_error / 2)
-    with pytest.raises(PassError, match="the plan does not hold here: cpu-int8 is off by .* the plan allows"):
+    with pytest.raises(PassError, match=r"the plan does not hold here: cpu-int8 is off by .* the plan allows"):
         workshop.replay(narrow)
 
 
