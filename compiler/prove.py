@@ -20,7 +20,7 @@ LOSS = 0.985
 """Slower is what has the upper quartile of its rounds below this. Quartiles, not a median: machines are noisy."""
 
 Shapes = Mapping[tuple[int, int], Feeds]
-_ROUNDS = 5
+_ROUNDS = 4
 _SECONDS = 0.12
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -63,7 +64,9 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, or the code that artifacts/errors.py states for the error."""
-    sys.exit(_run(arguments))
+    code = _run(arguments)
+    gc.freeze()  # torch leaves a million objects, and a collector that would look at each once more before the end
+    sys.exit(code)
 
 
 def _run(arguments: list[str] | None) -> int:
