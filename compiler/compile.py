@@ -14,6 +14,7 @@ from artifacts.errors import UsageError
 from artifacts.manifest import Manifest, Source
 from artifacts.proof import Proof
 from artifacts.target import TARGETS, Target
+from runtimes.bench import REFERENCE
 from runtimes.providers import probe
 
 from .data import read_data
@@ -144,14 +145,16 @@ def _variants(
 ) -> tuple[BuiltVariant, ...]:
     workshop.open(exported.model)
     if plan is not None:
-        return tuple(workshop.replay(planned) for planned in plan.variants)
-    targets = _targets(options.targets)
-    kept = (workshop.reference(),) if options.keep_reference and recipe.name != "reference" else ()
-    span = 0.65 / len(targets)
-    built = [
-        workshop.build(target, recipe, start=0.3 + index * span, span=span) for index, target in enumerate(targets)
-    ]
-    return (*built, *kept)
+        built = [workshop.replay(planned) for planned in plan.variants]
+    else:
+        targets = _targets(options.targets)
+        span = 0.65 / len(targets)
+        built = [
+            workshop.build(target, recipe, start=0.3 + index * span, span=span) for index, target in enumerate(targets)
+        ]
+    if options.keep_reference and all(variant.planned.id != REFERENCE for variant in built):
+        built.append(workshop.reference())
+    return tuple(built)
 
 
 def _targets(names: tuple[str, ...]) -> tuple[Target, ...]:

@@ -14,6 +14,7 @@ from artifacts.proof import Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
 from passes.base import Context
 from passes.pipeline import Pipeline, parse
+from runtimes.bench import REFERENCE
 from runtimes.fingerprint import machine
 from runtimes.providers import Probe, probe
 
@@ -26,8 +27,6 @@ from .prove import Runnable, is_slower, race
 from .recipe import Recipe, load_recipe
 from .search import Search
 from .tolerance import rounding_tolerance
-
-_REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,14 @@ class Workshop:
         with Judge(self.evidence, CPU_PROVIDER, unmeasured="part of the reference", threads=self.threads) as judge:
             search = self._search(judge, CPU, lambda text: self.announce(text, 0.28))
             base = judge.enthrone(self._base(SessionOptions()))
-            stages = load_recipe(_REFERENCE).pipelines(CPU)
+            stages = load_recipe(REFERENCE).pipelines(CPU)
             self._unoptimized = search.walk(base, stages, tune=False)
             self._reference_steps = tuple(search.steps)
 
     def reference(self) -> BuiltVariant:
         """The unoptimized graph as a variant of its own."""
         candidate = self._reference()
-        planned = _planned(_REFERENCE, CPU, _REFERENCE, candidate)
+        planned = _planned(REFERENCE, CPU, REFERENCE, candidate)
         return BuiltVariant(
             planned, candidate, self._prove(planned, candidate, self._reference_steps, CPU_PROVIDER, ())
         )
@@ -104,7 +103,7 @@ class Workshop:
             FidelityError: No change that the recipe asks for keeps the quality budget.
             PassError: A pass broke a promise.
         """
-        if recipe.name == _REFERENCE and target == CPU:
+        if recipe.name == REFERENCE and target == CPU:
             built = self.reference()
             return replace(
                 built, proof=self._prove(built.planned, built.candidate, self._reference_steps, CPU_PROVIDER)
