@@ -111,8 +111,8 @@ def compile_model_with(
         folder = GraphFolder(writer.staging)
         exported = _settle(exported, folder)
         reproducer = output.with_name(f"{output.name}-reproducer")
-        workshop = Workshop(evidence, folder, options.threads or 0, reproducer, announce)
-        variants = _variants(workshop, exported, recipe, plan, options)
+        workshop = Workshop(evidence, folder, options.threads or 0, reproducer, announce, exported.model)
+        variants = _variants(workshop, recipe, plan, options)
         bundle = _write(writer, found, exported, evidence, variants, options)
     return Compiled(bundle, _notes(exported, evidence, variants))
 
@@ -141,9 +141,8 @@ def _settle(exported: Exported, folder: GraphFolder) -> Exported:
 
 
 def _variants(
-    workshop: Workshop, exported: Exported, recipe: Recipe, plan: Plan | None, options: CompileOptions
+    workshop: Workshop, recipe: Recipe, plan: Plan | None, options: CompileOptions
 ) -> tuple[BuiltVariant, ...]:
-    workshop.open(exported.model)
     if plan is not None:
         built = [workshop.replay(planned) for planned in plan.variants]
     else:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import onnx_ir as ir
 
-from artifacts.errors import FidelityError, PassError, ProviderError
+from artifacts.errors import FidelityError, PassError
 from artifacts.manifest import SessionOptions, Variant
 from artifacts.proof import Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
@@ -63,6 +64,7 @@ class Workshop:
         threads: Threads to measure with; 0: physical cores.
         reproducer: Folder for what a failing pass leaves.
         announce: Progress.
+        exported: The graph that all variants are made of.
     """
 
     evidence: Evidence
@@ -70,31 +72,27 @@ class Workshop:
     threads: int
     reproducer: Path
     announce: Callable[[str, float], None]
-    _exported: ir.Model | None = field(default=None, init=False)
-    _unoptimized: Candidate | None = field(default=None, init=False)
+    exported: ir.Model
     _probes: dict[str, Probe] = field(default_factory=dict, init=False)
 
-    def open(self, exported: ir.Model) -> None:
-        """Take the exported graph, and make the unoptimized one of it that everything is compared with.
+    @cached_property
+    def unoptimized(self) -> tuple[Candidate, tuple[Step, ...]]:
+        """The graph that everything is compared with, and the steps that made it.
 
         Raises:
             ProviderError: ONNX Runtime computes something else than the original model.
         """
-        self._exported = exported
         with Judge(self.evidence, CPU_PROVIDER, unmeasured="part of the reference", threads=self.threads) as judge:
             search = self._search(judge, CPU, lambda text: self.announce(text, 0.28))
             base = judge.enthrone(self._base(SessionOptions()))
             stages = load_recipe(REFERENCE).pipelines(CPU)
-            self._unoptimized = search.walk(base, stages, tune=False)
-            self._reference_steps = tuple(search.steps)
+            return search.walk(base, stages, tune=False), tuple(search.steps)
 
     def reference(self) -> BuiltVariant:
         """The unoptimized graph as a variant of its own."""
-        candidate = self._reference()
+        candidate, steps = self.unoptimized
         planned = _planned(REFERENCE, CPU, REFERENCE, candidate)
-        return BuiltVariant(
-            planned, candidate, self._prove(planned, candidate, self._reference_steps, CPU_PROVIDER, ())
-        )
+        return BuiltVariant(planned, candidate, self._prove(planned, candidate, steps, CPU_PROVIDER, ()))
 
     def build(self, target: Target, recipe: Recipe, *, start: float, span: float) -> BuiltVariant:
         """Search the recipe for the target and prove what it found.
@@ -104,10 +102,7 @@ class Workshop:
             PassError: A pass broke a promise.
         """
         if recipe.name == REFERENCE and target == CPU:
-            built = self.reference()
-            return replace(
-                built, proof=self._prove(built.planned, built.candidate, self._reference_steps, CPU_PROVIDER)
-            )
+            return self.reference()
         stages = recipe.pipelines(target)
         done = 0
 
@@ -160,7 +155,7 @@ class Workshop:
         target = Target.parse(planned.target)
         with Judge(self.evidence, provider, threads=self.threads) as judge:
             # It was judged on the CPU; here it is another provider's, which may compute in less than float32.
-            unoptimized = judge.enthrone(replace(self._reference(), session=_strict(target)))
+            unoptimized = judge.enthrone(replace(self.unoptimized[0], session=_strict(target)))
         planned = _planned(planned.id, target, planned.recipe, unoptimized)
         reason = "slower than the unoptimized graph as a whole: everything was reverted"
         return BuiltVariant(
@@ -198,23 +193,16 @@ class Workshop:
         )
 
     def _race(self, candidate: Candidate, provider: str) -> tuple[Speed, ...]:
-        unoptimized = self._reference()
+        unoptimized, _ = self.unoptimized
         base = provider if Target.parse("cuda").provider == provider else CPU_PROVIDER
         reference = Runnable(unoptimized.graph.path, base, unoptimized.session)
         variant = Runnable(candidate.graph.path, provider, candidate.session)
         return race(reference, variant, self.evidence.proof_shapes, self.threads)
 
     def _base(self, session: SessionOptions) -> Candidate:
-        if self._exported is None:
-            raise ProviderError("the workshop was not opened")
-        model = self._exported.clone()
+        model = self.exported.clone()
         graph = self.folder.save(model)
         return Candidate(model, graph, Pipeline(), session, tolerance=rounding_tolerance(model))
-
-    def _reference(self) -> Candidate:
-        if self._unoptimized is None:
-            raise ProviderError("the workshop was not opened")
-        return self._unoptimized
 
     def _search(self, judge: Judge, target: Target, announce: Callable[[str], None]) -> Search:
         return Search(judge, Context(target), self.folder, self.reproducer, announce)

@@ -76,7 +76,7 @@ def _steps(steps: tuple[Step, ...]) -> Table:
             f"{step.ms:.2f} ms" if step.ms else "",
             f"{step.ratio:.2f}x" if step.ms else "",
             f"{step.error:.1e}",
-            "kept" if step.kept else step.reason,
+            "kept" if step.kept else step.reason.split(";")[0],  # what was left alone stands in the report
         )
         table.add_row(*(Text(cell) for cell in cells), style="" if step.kept else "dim")
     return table

@@ -24,9 +24,9 @@ PLAIN = Recipe("plain", "A little.", True, {"default": ("clean", "dynamic-int8",
 @pytest.fixture
 def workshop(judged: Judged, tmp_path: Path) -> Workshop:
     with faster():
-        made = Workshop(judged.evidence, judged.folder, 0, tmp_path / "reproducer", lambda text, share: None)
-        made.open(judged.model)
-    return made
+        return Workshop(
+            judged.evidence, judged.folder, 0, tmp_path / "reproducer", lambda text, share: None, judged.model
+        )
 
 
 @pytest.fixture
@@ -62,16 +62,10 @@ def test_a_wrong_export_is_refused(judged: Judged, tmp_path: Path) -> None:
     altered = value.const_value.numpy().copy()
     altered[3, 5] += 0.5
     value.const_value = ir.tensor(altered, name=value.name)
-    workshop = Workshop(judged.evidence, judged.folder, 0, tmp_path, lambda text, share: None)
+    workshop = Workshop(judged.evidence, judged.folder, 0, tmp_path, lambda text, share: None, model)
     with pytest.raises(ProviderError, match="computes the unoptimized model wrongly"):
-        workshop.open(model)
-
-
-def test_a_closed_workshop_builds_nothing(judged: Judged, tmp_path: Path) -> None:
-    workshop = Workshop(judged.evidence, judged.folder, 0, tmp_path, lambda text, share: None)
-    with pytest.raises(ProviderError, match="was not opened"):
         workshop.reference()
-    with pytest.raises(ProviderError, match="was not opened"):
+    with pytest.raises(ProviderError, match="computes the unoptimized model wrongly"):
         workshop.build(CPU, PLAIN, start=0.0, span=1.0)
 
 
