@@ -86,7 +86,8 @@ def read(model: str, home: Path, **environment: str) -> subprocess.CompletedProc
         f"try:\n    source = read_source({model!r})\n    print(source.name, source.task, source.path)\n"
         "except SourceError as error:\n    print(error)\n"
     )
-    settings = {**os.environ, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **environment}
+    online = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    settings = {**online, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **environment}
     return subprocess.run(
         [sys.executable, "-c", script], env=settings, capture_output=True, text=True, timeout=120, check=False
     )
