@@ -16,8 +16,8 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/hasten compile "$(MODEL)" -o bundles/minilm --target cpu --name all-MiniLM-L6-v2
-	@$(BIN)/python examples/semantic_search.py bundles/minilm
+	@$(BIN)/hasten compile "$(MODEL)" -o minilm-bundle --target cpu --name all-MiniLM-L6-v2
+	@$(BIN)/python examples/semantic_search.py minilm-bundle
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,4 +34,4 @@ test: lint types
 	$(BIN)/pytest -q -m "not gpu" --durations=15
 
 clean:
-	rm -rf $(VENV) bundles build dist *.egg-info
+	rm -rf $(VENV) minilm-bundle build dist *.egg-info
