@@ -14,6 +14,7 @@ from artifacts.manifest import SessionOptions, Variant
 from artifacts.proof import Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
 from passes.base import Context
+from passes.grammar import check
 from passes.pipeline import Pipeline, parse
 from runtimes.bench import REFERENCE
 from runtimes.fingerprint import machine
@@ -172,6 +173,7 @@ class Workshop:
         *,
         absent: str = "",
     ) -> VariantProof:
+        check(candidate.model, Target.parse(planned.target), finished=True)
         with Runnable(candidate.graph.path, provider, candidate.session).start(self.threads) as worker:
             fidelity = self.evidence.fidelity(worker.run)
         if shortfall := self.evidence.exceeded(fidelity):
