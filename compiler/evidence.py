@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,35 +132,21 @@ def gather(
     budget = default_budget(source.task, data.labelled, problem=problem)
     if max_drop is not None:
         budget = budget.allowing(max_drop)
-    with _Reference(source, exported) as reference:
+    with _original(source, exported) as run:
         if exported.processor is None:
-            return _tensors(source, exported, reference, budget, seed)
-        return _texts(source, exported, exported.processor, data, folder, reference, budget, seed)
+            return _tensors(source, exported, run, budget, seed)
+        return _texts(source, exported, exported.processor, data, folder, run, budget, seed)
 
 
-class _Reference:
+@contextmanager
+def _original(source: ModelSource, exported: Exported) -> Iterator[Run]:
     """The original model: the torch module, or the .onnx file as it is, in ONNX Runtime with its optimizations off."""
-
-    def __init__(self, source: ModelSource, exported: Exported) -> None:
-        self._worker: Worker | None = None
-        if exported.reference is None:
-            plain = SessionOptions(optimization_level="disabled")
-            self._worker = Worker(source.path, CPU_PROVIDER, options=plain)
-        self.run: Run = self._worker.run if self._worker is not None else _own(exported)
-
-    def __enter__(self) -> _Reference:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._worker is not None:
-            self._worker.close()
-
-
-def _own(exported: Exported) -> Run:
-    reference = exported.reference
-    if reference is None:
-        raise ValueError("the model has no reference of its own")
-    return lambda feeds: dict(reference(feeds))
+    own = exported.reference
+    if own is not None:
+        yield lambda feeds: dict(own(feeds))
+        return
+    with Worker(source.path, CPU_PROVIDER, options=SessionOptions(optimization_level="disabled")) as worker:
+        yield worker.run
 
 
 def _texts(
@@ -168,7 +155,7 @@ def _texts(
     processor: TextProcessor,
     data: Dataset,
     folder: Path,
-    reference: _Reference,
+    run: Run,
     budget: Budget,
     seed: int,
 ) -> Evidence:
@@ -182,11 +169,11 @@ def _texts(
     tokens = [_shortened(row) for row in tokens]
     batches = tuple(pad(tokens[i : i + _BATCH], names, processor) for i in range(0, len(tokens), _BATCH))
     mask_id = encoder.mask_id if source.task == "fill-mask" else None
-    first = reference.run(batches[0])
+    first = run(batches[0])
     rows = max(2, min(_BATCH, _BATCH * _GOLDEN_BYTES // sum(array.nbytes for array in first.values())))
     golden = Golden(_head(batches[0], rows), _head(first, rows))
-    answers = join([condense(source.task, reference.run(feeds), feeds, mask_id=mask_id) for feeds in batches])
-    shapes = {shape: _synthetic(exported.inputs, golden, *shape, processor) for shape in (*TRIAL_SHAPES, *PROOF_SHAPES)}
+    answers = join([condense(source.task, run(feeds), feeds, mask_id=mask_id) for feeds in batches])
+    timed = [_synthetic(exported.inputs, golden, shapes, processor) for shapes in (TRIAL_SHAPES, PROOF_SHAPES)]
     return Evidence(
         task=source.task,
         golden=golden,
@@ -197,16 +184,16 @@ def _texts(
         processor=processor,
         mask_id=mask_id,
         budget=budget,
-        trial_feeds=tuple(shapes[shape] for shape in TRIAL_SHAPES),
-        proof_shapes={shape: shapes[shape] for shape in PROOF_SHAPES},
+        trial_feeds=tuple(timed[0].values()),
+        proof_shapes=timed[1],
         notes=(f"{cut} of {len(tokens)} texts were cut to {_LENGTH} tokens for judging",) if cut else (),
     )
 
 
-def _tensors(source: ModelSource, exported: Exported, reference: _Reference, budget: Budget, seed: int) -> Evidence:
+def _tensors(source: ModelSource, exported: Exported, run: Run, budget: Budget, seed: int) -> Evidence:
     limits = index_limits(exported.model)
     feeds = tuple(random_feeds(exported.inputs, {}, seed + index, limits=limits) for index in range(_TENSOR_BATCHES))
-    answers = [reference.run(one) for one in feeds]
+    answers = [run(one) for one in feeds]
     if any(not np.isfinite(array).all() for one in answers for array in one.values() if array.dtype.kind == "f"):
         raise UnsupportedError(
             f"{source.path} computes numbers that are not finite for inputs from N(0, 1): nothing can be compared",
@@ -234,11 +221,16 @@ def _tensors(source: ModelSource, exported: Exported, reference: _Reference, bud
 
 
 def _synthetic(
-    inputs: tuple[TensorSpec, ...], golden: Golden, batch: int, length: int, processor: TextProcessor
-) -> Arrays:
-    rng = np.random.default_rng(batch * 1000 + length)
-    length = min(length, processor.max_length)
-    return {spec.name: synthetic(spec, golden.feeds[spec.name], batch, length, rng) for spec in inputs}
+    inputs: tuple[TensorSpec, ...], golden: Golden, shapes: tuple[tuple[int, int], ...], processor: TextProcessor
+) -> dict[tuple[int, int], Arrays]:
+    """Feeds by (batch, length); lengths beyond the model's own are its longest."""
+    found = {}
+    for batch, length in dict.fromkeys((batch, min(length, processor.max_length)) for batch, length in shapes):
+        rng = np.random.default_rng(batch * 1000 + length)
+        found[batch, length] = {
+            spec.name: synthetic(spec, golden.feeds[spec.name], batch, length, rng) for spec in inputs
+        }
+    return found
 
 
 def _shortened(row: Tokens) -> Tokens:
