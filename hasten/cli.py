@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -64,6 +65,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, or the code that artifacts/errors.py states for the error."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that staging folders go, as on Ctrl-C
     code = _run(arguments)
     gc.freeze()  # torch leaves a million objects, and a collector that would look at each once more before the end
     sys.exit(code)

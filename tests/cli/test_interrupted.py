@@ -82,13 +82,19 @@ def test_killed(place: Path, mlp: Path, moment: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["", "exporting…", "running the original…", "clean…", "proving…"])
-def test_interrupted(place: Path, mlp: Path, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        *((moment, signal.SIGINT) for moment in ("", "exporting…", "running the original…", "clean…", "proving…")),
+        ("clean…", signal.SIGTERM),
+    ],
+)
+def test_interrupted(place: Path, mlp: Path, moment: str, number: signal.Signals) -> None:
     before = listing(place)
     process = start(place, mlp)
     try:
         wait_for(process, place, moment)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
@@ -103,7 +109,12 @@ def test_interrupted_while_importing(place: Path, mlp: Path) -> None:
     """Before the command begins there is nothing to tidy; still no traceback."""
     before = listing(place)
     process = start(place, mlp, "--quiet")
-    time.sleep(0.7)
+    maps = Path(f"/proc/{process.pid}/maps")
+    if not maps.exists():
+        pytest.skip("what a process has imported is read from /proc")
+    deadline = time.monotonic() + TIMEOUT
+    while "numpy" not in maps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130, errors
