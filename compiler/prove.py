@@ -98,7 +98,8 @@ def _prove(bundle: Bundle, variant: Variant, threads: int) -> VariantProof:
         speeds = _race_the_rest(bundle, runnable, threads)
     except ProviderError as problem:
         return replace(here, status="refused", reason=problem.what)
-    return replace(here, status="proven", golden_error=error, speed=speeds, reason="golden test passed on its target")
+    reason = "golden test and speed on its target; quality as measured at the compile"
+    return replace(here, status="proven", golden_error=error, speed=speeds, reason=reason)
 
 
 def _race_the_rest(bundle: Bundle, runnable: Runnable, threads: int) -> tuple[Speed, ...]:
