@@ -96,4 +96,10 @@ def is_lossy(passes: tuple[Pass, ...]) -> bool:
     return any(a_pass.effect is Effect.LOSSY for a_pass in passes)
 
 
-_PRECISIONS = {"dynamic-int8": "int8", "float16": "fp16"}
+_PRECISIONS = {
+    "dynamic-int8": "int8",
+    "static-int8": "int8",
+    "int8-products": "int8",
+    "weight-int8": "int8",
+    "float16": "fp16",
+}

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from artifacts.bundle import Bundle, BundleWriter
 from artifacts.constraints import printable
-from artifacts.errors import UsageError
+from artifacts.errors import ProviderError, UsageError
 from artifacts.manifest import Manifest, Source
 from artifacts.proof import Proof
-from artifacts.target import TARGETS, Target
+from artifacts.target import CPU_PROVIDER, TARGETS, Target
 from runtimes.bench import REFERENCE
-from runtimes.providers import probe
+from runtimes.providers import Probe, probe
 
-from .data import read_data
-from .evidence import Evidence, gather
+from .calibrate import Calibrator
+from .data import Dataset, read_data
+from .evidence import CALIBRATION_MEMORY, CALIBRATION_ROWS, Evidence, gather
 from .export import Exported, export_model
 from .graphs import GraphFolder
 from .plan import Plan, load_plan
@@ -26,6 +27,7 @@ from .recipe import Recipe, load_recipe
 from .report import render
 from .source import ModelSource, read_source
 from .tasks import TENSORS
+from .tensor_data import TensorData, read_tensor_data
 from .variant import BuiltVariant, Workshop
 
 Announce = Callable[[str, float], None]
@@ -46,7 +48,10 @@ class CompileOptions:
     max_drop: float | None = None
     seed: int = 0
     threads: int | None = None
+    calibration_rows: int = CALIBRATION_ROWS
+    calibration_memory: int = CALIBRATION_MEMORY
     plan: Path | None = None
+    unproven: bool = False
     keep_reference: bool = False
     force: bool = False
 
@@ -97,23 +102,45 @@ def compile_model_with(
     recipe = load_recipe(options.recipe)
     plan = load_plan(options.plan) if options.plan is not None else None
     if plan is not None:
-        options = replace(options, seed=plan.seed, pooling=options.pooling or plan.pooling or None)
+        pooling = options.pooling or plan.pooling or None
+        options = replace(options, seed=plan.seed, pooling=pooling, calibration_rows=plan.calibration_rows)
+    targets = _targets(options.targets) if plan is None else tuple(Target.parse(one.target) for one in plan.variants)
+    probes = _probed(targets, unproven=options.unproven)
     with BundleWriter(output, force=options.force) as writer:
         announce("reading the source", 0.0)
         found = _found(source, plan, options)
-        data = read_data(options.data, options.columns, found.task)
+        data = _data(options, found.task)
         announce("exporting", 0.02)
         exported = export_model(found, seed=options.seed)
         for path, content in exported.files.items():
             writer.add_bytes(path, content)
         announce("running the original model", 0.25)
-        evidence = gather(found, exported, data, writer.staging, seed=options.seed, max_drop=options.max_drop)
+        evidence = gather(
+            found,
+            exported,
+            data,
+            writer.staging,
+            seed=options.seed,
+            max_drop=options.max_drop,
+            calibration_rows=options.calibration_rows,
+        )
         folder = GraphFolder(writer.staging)
         exported = _settle(exported, folder)
         reproducer = output.with_name(f"{output.name}-reproducer")
-        workshop = Workshop(evidence, folder, options.threads or 0, reproducer, announce, exported.model)
-        variants = _variants(workshop, recipe, plan, options)
-        bundle = _write(writer, found, exported, evidence, variants, options)
+        calibrator = Calibrator(
+            evidence.calibration,
+            folder,
+            memory=options.calibration_memory,
+            seed=options.seed,
+            threads=options.threads or 0,
+        )
+        workshop = Workshop(
+            evidence, calibrator.observe, folder, options.threads or 0, reproducer, announce, exported.model, probes
+        )
+        variants = _variants(workshop, recipe, plan, targets, options)
+        if plan is not None and plan.calibration != calibrator.used:
+            raise UsageError("the plan was calibrated on other data", "Pass the same --data, or compile without --plan")
+        bundle = _write(writer, found, exported, evidence, variants, options, calibrator.used)
     return Compiled(bundle, _notes(exported, evidence, variants))
 
 
@@ -130,6 +157,12 @@ def _found(source: str, plan: Plan | None, options: CompileOptions) -> ModelSour
     return found if _is_name(found.name) else replace(found, name=printable(found.name)[:256] or "model")
 
 
+def _data(options: CompileOptions, task: str) -> Dataset | TensorData | None:
+    if task == TENSORS:
+        return read_tensor_data(options.data, options.columns) if options.data is not None else None
+    return read_data(options.data, options.columns, task)
+
+
 def _is_name(text: str) -> bool:
     return 0 < len(text) <= 256 and printable(text) == text
 
@@ -141,12 +174,11 @@ def _settle(exported: Exported, folder: GraphFolder) -> Exported:
 
 
 def _variants(
-    workshop: Workshop, recipe: Recipe, plan: Plan | None, options: CompileOptions
+    workshop: Workshop, recipe: Recipe, plan: Plan | None, targets: tuple[Target, ...], options: CompileOptions
 ) -> tuple[BuiltVariant, ...]:
     if plan is not None:
         built = [workshop.replay(planned) for planned in plan.variants]
     else:
-        targets = _targets(options.targets)
         span = 0.65 / len(targets)
         built = [
             workshop.build(target, recipe, start=0.3 + index * span, span=span) for index, target in enumerate(targets)
@@ -168,6 +200,20 @@ def _targets(names: tuple[str, ...]) -> tuple[Target, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+def _probed(targets: tuple[Target, ...], *, unproven: bool) -> dict[str, Probe]:
+    """What the targets' providers answer here, by provider; they must all work, or be allowed not to."""
+    providers = dict.fromkeys(target.provider for target in targets if target.provider != CPU_PROVIDER)
+    probes = {provider: probe(provider) for provider in providers}
+    for target in targets:
+        found = probes.get(target.provider)
+        if found is not None and not found.ok and not unproven:
+            raise ProviderError(
+                f"the target {target.name} does not work here: {found.reason}",
+                "Install its provider; or pass --unproven to compile without running there and prove it later",
+            )
+    return probes
+
+
 def _write(
     writer: BundleWriter,
     found: ModelSource,
@@ -175,13 +221,20 @@ def _write(
     evidence: Evidence,
     variants: tuple[BuiltVariant, ...],
     options: CompileOptions,
+    calibration: str,
 ) -> Bundle:
     for variant in variants:
         writer.add_file(f"{variant.planned.id}.onnx", variant.candidate.graph.path)
     for trial in writer.staging.glob("trial-*.onnx"):
         trial.unlink()
     plan = Plan(
-        found.digest, found.task, options.pooling or "", options.seed, tuple(variant.planned for variant in variants)
+        source=found.digest,
+        task=found.task,
+        pooling=options.pooling or "",
+        seed=options.seed,
+        calibration=calibration,
+        calibration_rows=options.calibration_rows,
+        variants=tuple(variant.planned for variant in variants),
     )
     writer.add_bytes("plan.toml", plan.to_toml())
     writer.add_bytes("golden.npz", evidence.golden_bytes())

@@ -55,16 +55,13 @@ class Dataset:
     def split(self, seed: int, calibration: int, held_out: int) -> tuple[Dataset, Dataset]:
         """Two disjoint random samples of at most these many rows; the same for the same seed.
 
-        Where there are fewer rows than asked for, they are divided in proportion; a single row serves as both.
+        At most half of the rows are held out; a single row serves as both.
         """
         order = np.random.default_rng(seed).permutation(len(self.rows))
-        wanted = calibration + held_out
         if len(order) == 1:
             return self._pick(order[:calibration]), self._pick(order[:held_out])
-        if wanted > len(order) and calibration and held_out:
-            calibration = min(max(1, round(len(order) * calibration / wanted)), len(order) - 1)
-        first, rest = order[:calibration], order[calibration:]
-        return self._pick(sorted(first)), self._pick(sorted(rest[:held_out]))
+        held = min(held_out, len(order) if not calibration else len(order) // 2)
+        return self._pick(sorted(order[held : held + calibration])), self._pick(sorted(order[:held]))
 
     def _pick(self, indices: Iterable[int]) -> Dataset:
         return replace(self, rows=tuple(self.rows[index] for index in indices))

@@ -19,13 +19,16 @@ from artifacts.target import CPU_PROVIDER
 from runtimes.bench import synthetic
 from runtimes.client import Worker
 from runtimes.golden import Golden
-from runtimes.text import TextEncoder, Tokens, pad
+from runtimes.text import TextEncoder, pad
 
-from .data import Dataset, Row, items, with_masks
+from .calibrate import Batches, survey, tensor_batches, text_batches
+from .data import Dataset, Row, items, neutral, with_masks
 from .export import Exported
 from .export.onnx_import import index_limits, random_feeds
 from .metrics import Budget, condense, default_budget, join, measure
+from .shorten import LONGEST, shortened
 from .source import ModelSource
+from .tensor_data import TensorData
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
@@ -34,8 +37,11 @@ TRIAL_SHAPES = ((1, 32), (4, 128))
 """(batch, length) at which changes are compared."""
 PROOF_SHAPES = ((1, 32), (1, 128), (16, 128))
 """(batch, length) at which the result is compared with the unoptimized graph."""
+CALIBRATION_ROWS = 512
+"""Rows that the ranges of activations are learnt from, unless the user says otherwise."""
+CALIBRATION_MEMORY = 10**9
+"""Bytes that calibration may add to the process, unless the user says otherwise."""
 _HELD_OUT = 256
-_LENGTH = 128
 _BATCH = 16
 _GOLDEN_BYTES = 4 << 20
 _TENSOR_BATCHES = 8
@@ -58,6 +64,7 @@ class Evidence:
         budget: The quality that must remain.
         trial_feeds: What changes are timed on.
         proof_shapes: (batch, length) and feeds that the result is timed on.
+        calibration: Other rows of the data, for passes that must know the range of a value.
         notes: What the user should know: texts that were cut.
     """
 
@@ -72,6 +79,7 @@ class Evidence:
     budget: Budget
     trial_feeds: tuple[Arrays, ...]
     proof_shapes: Mapping[tuple[int, int], Arrays]
+    calibration: Batches
     notes: tuple[str, ...] = ()
 
     def fidelity(self, run: Run) -> tuple[Fidelity, ...]:
@@ -113,29 +121,39 @@ class Evidence:
 
 
 def gather(
-    source: ModelSource, exported: Exported, data: Dataset, folder: Path, *, seed: int, max_drop: float | None
+    source: ModelSource,
+    exported: Exported,
+    data: Dataset | TensorData | None,
+    folder: Path,
+    *,
+    seed: int,
+    max_drop: float | None,
+    calibration_rows: int = CALIBRATION_ROWS,
 ) -> Evidence:
     """Run the original model on held-out data.
 
     Args:
         source: The model.
         exported: Its graph and reference.
-        data: Examples; not used for plain tensors.
+        data: Examples; None for random tensors.
         folder: Where the processor's files lie.
         seed: Chooses the held-out rows, or makes the tensors.
         max_drop: Share of quality that may be lost; None: the task's default.
+        calibration_rows: Most rows of the data that calibration is to have.
 
     Raises:
         UnsupportedError: The original model computes numbers that are not finite.
     """
     problem = exported.processor.problem if exported.processor is not None else ""
-    budget = default_budget(source.task, data.labelled, problem=problem)
+    texts = data if isinstance(data, Dataset) else neutral(source.task)
+    budget = default_budget(source.task, texts.labelled, problem=problem)
     if max_drop is not None:
         budget = budget.allowing(max_drop)
     with _original(source, exported) as run:
         if exported.processor is None:
-            return _tensors(source, exported, run, budget, seed)
-        return _texts(source, exported, exported.processor, data, folder, run, budget, seed)
+            tensors = data if isinstance(data, TensorData) else None
+            return _tensors(source, exported, run, budget, seed, tensors, calibration_rows)
+        return _texts(source, exported, exported.processor, texts, folder, run, budget, seed, calibration_rows)
 
 
 @contextmanager
@@ -158,21 +176,24 @@ def _texts(
     run: Run,
     budget: Budget,
     seed: int,
+    calibration_rows: int,
 ) -> Evidence:
     if source.task == "fill-mask":
         data = with_masks(data, processor.mask_token, seed)
-    _, held = data.split(seed, 0, _HELD_OUT)
+    seen, held = data.split(seed, calibration_rows, _HELD_OUT)
     names = [spec.name for spec in exported.inputs]
     encoder = TextEncoder(processor, folder / processor.tokenizer, names)
     tokens = encoder.encode(items(held.rows, source.task))
-    cut = sum(len(row) > _LENGTH for row in tokens)
-    tokens = [_shortened(row) for row in tokens]
+    cut = sum(len(row) > LONGEST for row in tokens)
+    tokens = [shortened(row) for row in tokens]
     batches = tuple(pad(tokens[i : i + _BATCH], names, processor) for i in range(0, len(tokens), _BATCH))
     mask_id = encoder.mask_id if source.task == "fill-mask" else None
     first = run(batches[0])
     rows = max(2, min(_BATCH, _BATCH * _GOLDEN_BYTES // sum(array.nbytes for array in first.values())))
     golden = Golden(_head(batches[0], rows), _head(first, rows))
     answers = join([condense(source.task, run(feeds), feeds, mask_id=mask_id) for feeds in batches])
+    calibration = text_batches(encoder.encode(items(seen.rows, source.task)), names, processor)
+    notes = (f"{cut} of {len(tokens)} texts were cut to {LONGEST} tokens for judging",) if cut else ()
     timed = [_synthetic(exported.inputs, golden, shapes, processor) for shapes in (TRIAL_SHAPES, PROOF_SHAPES)]
     return Evidence(
         task=source.task,
@@ -186,18 +207,34 @@ def _texts(
         budget=budget,
         trial_feeds=tuple(timed[0].values()),
         proof_shapes=timed[1],
-        notes=(f"{cut} of {len(tokens)} texts were cut to {_LENGTH} tokens for judging",) if cut else (),
+        calibration=calibration,
+        notes=notes + calibration.notes,
     )
 
 
-def _tensors(source: ModelSource, exported: Exported, run: Run, budget: Budget, seed: int) -> Evidence:
+def _tensors(
+    source: ModelSource,
+    exported: Exported,
+    run: Run,
+    budget: Budget,
+    seed: int,
+    data: TensorData | None,
+    calibration_rows: int,
+) -> Evidence:
     limits = index_limits(exported.model)
-    feeds = tuple(random_feeds(exported.inputs, {}, seed + index, limits=limits) for index in range(_TENSOR_BATCHES))
+    if data is None:
+        made = (random_feeds(exported.inputs, {}, seed + index, limits=limits) for index in range(_TENSOR_BATCHES))
+        feeds, calibration, name = tuple(made), None, "random tensors"
+    else:
+        seen, held = data.split(seed, calibration_rows, _HELD_OUT)
+        feeds, calibration, name = tuple(held.batches(exported.inputs)), tuple(seen.batches(exported.inputs)), data.name
+    for one in (feeds, calibration) if calibration else ():
+        survey(tensor_batches(one), exported.model.graph.inputs)
     answers = [run(one) for one in feeds]
     if any(not np.isfinite(array).all() for one in answers for array in one.values() if array.dtype.kind == "f"):
         raise UnsupportedError(
-            f"{source.path} computes numbers that are not finite for inputs from N(0, 1): nothing can be compared",
-            "Compile the model without the part that needs inputs of another kind",
+            f"{source.path} computes numbers that are not finite for {name}: nothing can be compared",
+            "Give other --data, or compile the model without the part that needs inputs of another kind",
         )
     shapes = {}
     for batch in _TENSOR_SIZES:
@@ -211,12 +248,13 @@ def _tensors(source: ModelSource, exported: Exported, run: Run, budget: Budget, 
         feeds=feeds,
         answers=join(answers),
         rows=(),
-        data="random tensors",
+        data=name,
         processor=None,
         mask_id=None,
         budget=budget,
         trial_feeds=tuple(shapes.values()),
         proof_shapes=shapes,
+        calibration=tensor_batches(calibration or feeds),
     )
 
 
@@ -231,13 +269,6 @@ def _synthetic(
             spec.name: synthetic(spec, golden.feeds[spec.name], batch, length, rng) for spec in inputs
         }
     return found
-
-
-def _shortened(row: Tokens) -> Tokens:
-    if len(row) <= _LENGTH:
-        return row
-    keep = [*range(_LENGTH - 1), len(row) - 1]  # the closing special token stays
-    return Tokens(row.ids[keep], row.types[keep], row.special[keep], row.offsets[:0], row.context[keep], row.words[:0])
 
 
 def _head(arrays: Arrays, rows: int) -> Arrays:

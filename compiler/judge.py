@@ -83,6 +83,14 @@ class Judge(AbstractContextManager["Judge"]):
             worker.close()
         return verdict
 
+    def shortfall(self, candidate: Candidate) -> str:
+        """Empty if a candidate keeps the quality budget; else by how much it does not, or why it does not run."""
+        try:
+            with self._start(candidate) as worker:
+                return self.evidence.shortfall(worker.run)
+        except ProviderError as error:
+            return error.what
+
     def _examine(self, trial: Trial, worker: Worker) -> Verdict:
         error = self._error(worker)
         candidate = replace(trial.candidate, error=error)

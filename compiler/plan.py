@@ -15,8 +15,17 @@ from artifacts.strict import At, decode
 from artifacts.target import Target
 from passes.pipeline import parse
 
-SCHEMA = 1
-_TOP = {"schema": int, "source": str, "task": str, "pooling": str, "seed": int, "variant": list}
+SCHEMA = 2
+_TOP = {
+    "schema": int,
+    "source": str,
+    "task": str,
+    "pooling": str,
+    "seed": int,
+    "calibration": str,
+    "calibration_rows": int,
+    "variant": list,
+}
 _VARIANT = {
     "id": str,
     "target": str,
@@ -62,6 +71,8 @@ class Plan:
         task: Task of the graph.
         pooling: The pooling that was asked for; empty for the model's own.
         seed: Seed of the compile.
+        calibration: Digest of the data that ranges were learnt from; empty where none were.
+        calibration_rows: Most rows of it that were asked for.
         variants: In the order of the bundle.
     """
 
@@ -69,6 +80,8 @@ class Plan:
     task: str
     pooling: str
     seed: int
+    calibration: str
+    calibration_rows: int
     variants: tuple[PlannedVariant, ...]
 
     def to_toml(self) -> bytes:
@@ -87,7 +100,7 @@ class Plan:
             }
             for variant in self.variants
         ]
-        table = {"schema": SCHEMA, "source": self.source, "task": self.task, "pooling": self.pooling, "seed": self.seed}
+        table = {"schema": SCHEMA, **{key: value for key, value in vars(self).items() if key != "variants"}}
         return tomli_w.dumps({**table, "variant": rows}).encode()
 
 
@@ -111,9 +124,10 @@ def load_plan(path: Path) -> Plan:
     ids = [variant.id for variant in variants]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
         raise UsageError(f"plan {file} has the variant {twice[0]!r} twice")
-    if not variants or table["seed"] < 0:
-        raise UsageError(f"plan {file} has {'a negative seed' if variants else 'no variants'}")
-    return Plan(table["source"], table["task"], table["pooling"], table["seed"], variants)
+    if not variants or table["seed"] < 0 or table["calibration_rows"] < 1:
+        wrong = "a negative seed" if table["seed"] < 0 else "no calibration_rows"
+        raise UsageError(f"plan {file} has {wrong if variants else 'no variants'}")
+    return Plan(**{key: table[key] for key in _TOP if key not in ("schema", "variant")}, variants=variants)
 
 
 def _variant(row: object, where: str) -> PlannedVariant:

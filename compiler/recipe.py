@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import cast
 
 from artifacts.errors import UsageError
 from artifacts.target import TARGETS, Target
+from passes.base import Pass
 from passes.pipeline import Pipeline, parse
 from passes.registry import CLEAN
 
@@ -18,6 +20,35 @@ SCHEMA = 1
 BUILT_IN = ("reference", "safe", "balanced")
 _KEYS = {"schema", "name", "description", "tune", "stages"}
 _ALIASES = {"clean": Pipeline(CLEAN)}
+
+
+@dataclass(frozen=True)
+class PerSite:
+    """Forms among which each linear operator gets the one that costs least on the target, or is left as it is.
+
+    What a stage ends with is one if it can be told which operators it is for: then those that cost most quality can be
+    given back where the budget is missed.
+
+    Attributes:
+        before: Passes that run first.
+        forms: Passes with the options ``only`` and ``skip``, the preferred first.
+    """
+
+    before: Pipeline
+    forms: tuple[Pass, ...]
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All that may run."""
+        return (*self.before.passes, *self.forms)
+
+    def __str__(self) -> str:
+        forms = " / ".join(str(Pipeline((form,))) for form in self.forms)
+        return f"{self.before}; {forms}" if self.before.passes else forms
+
+
+Stage = tuple[Pipeline | PerSite, ...]
+"""Alternatives, the preferred first."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,7 @@ class Recipe:
             precision included. If not, the stages are taken as they are, under every gate but speed.
         stages: Per target name, or ``default``, the stages in order. A stage is judged as a whole: its numbers,
             its speed and, where it may change the numbers, its quality. ``a | b``: b is tried where a did not stand.
+            ``a / b``: each linear operator gets the form that costs least on the target.
     """
 
     name: str
@@ -38,15 +70,25 @@ class Recipe:
     tune: bool
     stages: Mapping[str, tuple[str, ...]]
 
-    def pipelines(self, target: Target) -> tuple[tuple[Pipeline, ...], ...]:
+    def stages_for(self, target: Target) -> tuple[Stage, ...]:
         """The stages for ``target``, each with its alternatives in order.
 
         Raises:
-            UsageError: A stage names no pass.
+            UsageError: A stage names no pass, or offers for each operator what cannot be told which operators.
         """
         texts = self.stages.get(target.name, self.stages["default"])
-        alternatives = ([part.strip() for part in text.split("|")] for text in texts)
-        return tuple(tuple(_ALIASES.get(part) or parse(part) for part in parts) for parts in alternatives)
+        return tuple(tuple(_alternative(part.strip()) for part in text.split("|")) for text in texts)
+
+
+def _alternative(text: str) -> Pipeline | PerSite:
+    if text in _ALIASES:
+        return _ALIASES[text]
+    first, *others = (parse(part) for part in text.split(" / "))
+    forms = (first.passes[-1], *(one for other in others for one in other.passes))
+    unfit = [form.name for form in forms if not {"only", "skip"} <= {item.name for item in fields(form)}]  # type: ignore[arg-type]  # a dataclass
+    if others and unfit:
+        raise UsageError(f"{unfit[0]} cannot be offered for each operator: it has no options only and skip")
+    return first if unfit else PerSite(Pipeline(first.passes[:-1]), forms)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -78,7 +120,7 @@ def _parse(data: bytes, where: str) -> Recipe:
     stages = {key: tuple(cast(list[str], value)) for key, value in table["stages"].items()}
     recipe = Recipe(table["name"], table["description"], table["tune"], stages)
     for target in TARGETS:
-        recipe.pipelines(target)
+        recipe.stages_for(target)
     return recipe
 
 
@@ -99,5 +141,5 @@ def _check_types(table: Mapping[str, object], where: str) -> None:
         if not isinstance(value, list) or not all(isinstance(stage, str) for stage in value):
             raise UsageError(f"recipe {where}: stages.{key} must be a list of texts")
         for stage in value:
-            if not all(part.strip() for part in stage.split("|")):
+            if not all(part.strip() for part in re.split(r"\||(?:^|\s)/(?:\s|$)", stage)):
                 raise UsageError(f"recipe {where}: stages.{key} has an empty alternative in {stage!r}")

@@ -13,10 +13,13 @@ from passes.base import Context, Outcome, Pass, Purpose
 from passes.grammar import check
 from passes.observers import Reproducer, Verifying
 from passes.pipeline import Pipeline
+from passes.registry import CLEAN
 
 from .candidate import Candidate, Trial, Verdict, is_lossy
+from .choose import Assignment, Chooser
 from .graphs import GraphFolder
 from .judge import Judge
+from .recipe import PerSite, Stage
 
 LOAD_TIME_FUSIONS = {
     "SkipLayerNormFusion": {"SkipLayerNormalization"},
@@ -42,6 +45,7 @@ class Search:
         folder: Where graphs are saved.
         reproducer: Folder that a failing pass leaves the model and the rest of the pipeline in.
         announce: Called with the name of each trial before it is made.
+        chooser: Chooses the form of each linear operator.
     """
 
     judge: Judge
@@ -49,22 +53,23 @@ class Search:
     folder: GraphFolder
     reproducer: Path
     announce: Callable[[str], None]
+    chooser: Chooser
     steps: list[Step] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
 
-    def walk(self, base: Candidate, stages: Sequence[tuple[Pipeline, ...]], *, tune: bool) -> Candidate:
+    def walk(self, base: Candidate, stages: Sequence[Stage], *, tune: bool) -> Candidate:
         """Try the stages in order, then the session options.
 
         Raises:
             FidelityError: Every change that could have made the numbers smaller or faster missed the quality budget.
             PassError: A pass broke a promise; the reproducer folder is named.
         """
-        best = base
+        lossy = any(is_lossy(stage.passes) for alternatives in stages for stage in alternatives)
+        # First the precision: what pays in it is not what pays in float32.
+        best = self._precision(base) if lossy and tune else base
         for alternatives in stages:
             best = self._first(best, alternatives)
-        lossy = any(is_lossy(stage.passes) for alternatives in stages for stage in alternatives)
         if tune:
-            best = self._precision(best) if lossy else best
             best = self._load_time_fusions(best)
         relaxed = best.session.precision != base.session.precision
         if self.misses and not relaxed and not is_lossy(best.pipeline.passes):
@@ -92,19 +97,47 @@ class Search:
             raise PassError(f"the plan does not hold here: {verdict.reason}", "Compile again without --plan")
         return verdict.candidate
 
-    def _first(self, best: Candidate, alternatives: tuple[Pipeline, ...]) -> Candidate:
-        """The first alternative that stands; else those of its passes that do; else ``best``."""
+    def _first(self, best: Candidate, alternatives: Stage) -> Candidate:
+        """The first alternative that stands; else the last one without what costs most quality; else ``best``."""
         for stage in alternatives:
             self.announce(_label(stage))
-            trial = self._attempt(best, stage)
+            pipeline, assignment = self._assigned(best, stage)
+            trial = self._attempt(best, pipeline)
             if trial is None:
                 return best
             verdict = self._try(trial)
             if verdict.kept:
                 return verdict.candidate
+        if isinstance(stage, PerSite) and verdict.miss:
+            return self._given_back(best, stage, assignment)
         for a_pass in stage.passes if len(stage.passes) > 1 else ():
             best = self._first(best, (Pipeline((a_pass,)),))
         return best
+
+    def _assigned(self, best: Candidate, stage: Pipeline | PerSite) -> tuple[Pipeline, Assignment]:
+        """The passes of an alternative, each told its operators."""
+        if isinstance(stage, Pipeline):
+            return stage, Assignment({})
+        assignment = self.chooser.assign(best.model, stage.forms, best.session.precision)
+        return assignment.pipeline(stage.before), assignment
+
+    def _given_back(self, best: Candidate, stage: PerSite, assignment: Assignment) -> Candidate:
+        """Leave as they are as few as possible of the operators that cost most quality: found by bisection."""
+        ranked = self.chooser.ranked(best.model, assignment)
+        enough, too_few = len(ranked), 0
+        while enough - too_few > 1:
+            middle = (enough + too_few) // 2
+            self.announce(f"{middle} of {len(ranked)} operators left as they are")
+            trial = self._attempt(best, assignment.without(ranked[:middle]).pipeline(stage.before))
+            if trial is None or self.judge.shortfall(trial.candidate):
+                too_few = middle
+            else:
+                enough = middle
+        if enough == len(ranked):
+            return best
+        trial = self._attempt(best, assignment.without(ranked[:enough]).pipeline(stage.before))
+        verdict = self._try(trial) if trial is not None else None
+        return verdict.candidate if verdict is not None and verdict.kept else best
 
     def _attempt(self, best: Candidate, stage: Pipeline) -> Trial | None:
         model = best.model.clone()
@@ -175,8 +208,9 @@ class Search:
         return verdict
 
 
-def _label(stage: Pipeline) -> str:
-    return str(stage) if len(stage.passes) < 3 else f"clean ({len(stage.passes)} passes)"
+def _label(stage: Pipeline | PerSite) -> str:
+    clean = len(stage.passes) == len(CLEAN)
+    return f"clean ({len(stage.passes)} passes)" if clean else str(stage)
 
 
 def _why_refused(results: tuple[tuple[Pass, Outcome], ...]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,15 +13,17 @@ from artifacts.errors import FidelityError, PassError
 from artifacts.manifest import SessionOptions, Variant
 from artifacts.proof import Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
-from passes.base import Context
+from passes.base import Context, Observe
 from passes.grammar import check
 from passes.pipeline import Pipeline, parse
 from runtimes.bench import REFERENCE
 from runtimes.fingerprint import machine
-from runtimes.providers import Probe, probe
+from runtimes.providers import Probe
 
 from .candidate import Candidate
-from .evidence import Evidence
+from .choose import Chooser
+from .costs import CostBase
+from .evidence import TRIAL_SHAPES, Evidence
 from .graphs import GraphFolder
 from .judge import Judge
 from .plan import PlannedVariant
@@ -61,20 +63,23 @@ class Workshop:
 
     Attributes:
         evidence: What they are judged by.
+        observe: Calibration, lent to passes.
         folder: Where graphs and weights are written.
         threads: Threads to measure with; 0: physical cores.
         reproducer: Folder for what a failing pass leaves.
         announce: Progress.
         exported: The graph that all variants are made of.
+        probes: What the providers besides the CPU's answered here.
     """
 
     evidence: Evidence
+    observe: Observe
     folder: GraphFolder
     threads: int
     reproducer: Path
     announce: Callable[[str, float], None]
     exported: ir.Model
-    _probes: dict[str, Probe] = field(default_factory=dict, init=False)
+    probes: Mapping[str, Probe]
 
     @cached_property
     def unoptimized(self) -> tuple[Candidate, tuple[Step, ...]]:
@@ -86,7 +91,7 @@ class Workshop:
         with Judge(self.evidence, CPU_PROVIDER, unmeasured="part of the reference", threads=self.threads) as judge:
             search = self._search(judge, CPU, lambda text: None)
             base = judge.enthrone(self._base(SessionOptions()))
-            stages = load_recipe(REFERENCE).pipelines(CPU)
+            stages = load_recipe(REFERENCE).stages_for(CPU)
             return search.walk(base, stages, tune=False), tuple(search.steps)
 
     def reference(self) -> BuiltVariant:
@@ -104,7 +109,7 @@ class Workshop:
         """
         if recipe.name == REFERENCE and target == CPU:
             return self.reference()
-        stages = recipe.pipelines(target)
+        stages = recipe.stages_for(target)
         done = 0
 
         def tell(text: str) -> None:
@@ -207,14 +212,17 @@ class Workshop:
         return Candidate(model, graph, Pipeline(), session, tolerance=rounding_tolerance(model))
 
     def _search(self, judge: Judge, target: Target, announce: Callable[[str], None]) -> Search:
-        return Search(judge, Context(target), self.folder, self.reproducer, announce)
+        context = Context(target, self.observe)
+        costs = None
+        if not judge.unmeasured:
+            rows = tuple(dict.fromkeys(batch * length for batch, length in TRIAL_SHAPES))
+            costs = CostBase(target, judge.provider, self.threads, rows)
+        return Search(judge, context, self.folder, self.reproducer, announce, Chooser(context, costs))
 
     def _provider(self, target: Target) -> tuple[str, str]:
         """The provider to judge on, and why it is not the target's own; empty if it is."""
-        if target.provider == CPU_PROVIDER:
-            return CPU_PROVIDER, ""
-        found = self._probes.setdefault(target.provider, probe(target.provider))
-        return (target.provider, "") if found.ok else (CPU_PROVIDER, found.reason)
+        found = self.probes.get(target.provider)
+        return (target.provider, "") if found is None or found.ok else (CPU_PROVIDER, found.reason)
 
 
 def _strict(target: Target) -> SessionOptions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import ClassVar
 
 import click
 from rich.table import Table
@@ -34,6 +36,24 @@ class Percentage(click.ParamType[float]):
         return share
 
 
+class Size(click.ParamType[int]):
+    """``512MB``, ``1.5GB`` or a number of bytes."""
+
+    name = "size"
+    _UNITS: ClassVar[dict[str, int]] = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        unit = self._UNITS.get(match.group(2).upper(), 0 if match.group(2) else 1) if match else 0
+        size = int(float(match.group(1)) * unit) if match else 0
+        if not size:
+            self.fail(f"{value!r} is no size; write 512MB, 1.5GB or a number of bytes", param, ctx)
+        return size
+
+
 @click.command("compile", short_help="Compile a model into a bundle.")
 @click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle.")
@@ -58,9 +78,28 @@ class Percentage(click.ParamType[float]):
 @click.option("--max-drop", type=Percentage(), help="Largest loss of quality allowed.  [default: 1%]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the held-out sample.")
 @click.option("--threads", type=THREADS, help="Threads to measure with.  [default: physical cores]")
+@click.option(
+    "--calibration-rows",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Rows of --data to learn the ranges of activations from; never those that fidelity is judged on.",
+)
+@click.option(
+    "--calibration-memory",
+    type=Size(),
+    default="1GB",
+    show_default=True,
+    help="Most memory that calibration may add to the process.",
+)
 @click.option("--plan", type=click.Path(path_type=Path), help="Repeat the decisions of this bundle or plan.toml.")
 @click.option(
     "--keep-reference", is_flag=True, help="Add the unoptimized graph, for `hasten bench --against reference`."
+)
+@click.option(
+    "--unproven",
+    is_flag=True,
+    help="Also compile for targets that cannot run here, without measuring there; the bundle says so.",
 )
 @click.option("--force", is_flag=True, help="Replace OUTPUT even if it is not a bundle.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")

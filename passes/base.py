@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol, runtime_checkable
@@ -9,6 +10,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 import onnx_ir as ir
 
 from artifacts.target import Target
+
+from .statistics import Activation
+
+Observe = Callable[[ir.Model, Sequence[ir.Value]], Mapping[str, Activation]]
+"""Runs a model, as it is now, on calibration data and tells what float values it saw, by name of the value."""
 
 
 class Effect(Enum):
@@ -65,9 +71,11 @@ class Context:
 
     Attributes:
         target: What the graph is compiled for.
+        observe: Lent by whoever has calibration data; None where there is none.
     """
 
     target: Target
+    observe: Observe | None = None
 
 
 @runtime_checkable

@@ -230,8 +230,11 @@ def _tokens(text: str) -> list[tuple[str, bool]]:
 
 
 def _convert(value: object, kind: object, where: str) -> object:
-    if (kind == tuple[str, ...]) != isinstance(value, tuple):
-        raise UsageError(f"{where} is {'a list' if kind == tuple[str, ...] else 'no list'}")
+    listed = typing.get_origin(kind) is tuple
+    if listed != isinstance(value, tuple):
+        raise UsageError(f"{where} is {'a list' if listed else 'no list'}")
+    if isinstance(value, tuple) and kind == tuple[float, ...]:
+        return tuple(_convert(item, float, where) for item in value)
     if isinstance(value, tuple) or kind is str:
         return value
     text = str(value)

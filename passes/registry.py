@@ -17,9 +17,20 @@ from .cleanup import (
     ShareInitializers,
     StripMetadata,
 )
-from .fusion import FuseAttention, FuseBiasGelu, FuseGelu, FuseLayerNorm, FuseSkipLayerNorm, UnfuseAttention
+from .fusion import (
+    AbsorbNorm,
+    FoldScale,
+    FuseAttention,
+    FuseBiasGelu,
+    FuseGelu,
+    FuseLayerNorm,
+    FuseSkipLayerNorm,
+    FuseTranspose,
+    PackProducts,
+    UnfuseAttention,
+)
 from .precision import Float16
-from .quantize import DynamicInt8, Int8Embeddings
+from .quantize import DynamicInt8, Int8Embeddings, Int8Products, Smooth, StaticInt8, WeightInt8
 
 REGISTRY: tuple[type[Pass], ...] = (
     InlineFunctions,
@@ -40,7 +51,15 @@ REGISTRY: tuple[type[Pass], ...] = (
     FuseSkipLayerNorm,
     FuseGelu,
     FuseBiasGelu,
+    FoldScale,
+    AbsorbNorm,
+    PackProducts,
+    FuseTranspose,
+    Smooth,
     DynamicInt8,
+    StaticInt8,
+    Int8Products,
+    WeightInt8,
     Int8Embeddings,
     Float16,
 )

@@ -41,6 +41,7 @@ def encoder_bundle(encoder_file: Path, tmp_path_factory: pytest.TempPathFactory)
             tmp_path_factory.mktemp("bundles") / "encoder",
             task="feature-extraction",
             targets=("cpu", "cuda"),
+            unproven=True,
             keep_reference=True,
         )
 

@@ -16,7 +16,9 @@ from encoder_graphs import Encoder
 
 from artifacts.manifest import SessionOptions
 from artifacts.target import CPU, CPU_PROVIDER
+from compiler.calibrate import Calibrator
 from compiler.candidate import Candidate
+from compiler.choose import Chooser
 from compiler.data import neutral
 from compiler.evidence import Evidence, gather
 from compiler.export import Exported, export_model
@@ -25,7 +27,7 @@ from compiler.judge import Judge
 from compiler.search import Search
 from compiler.source import ModelSource, read_source
 from compiler.tolerance import rounding_tolerance
-from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.base import Context, Effect, Observe, Outcome, Purpose, Refusal
 from passes.pipeline import Pipeline
 from runtimes.client import Feeds, Timings, Worker
 
@@ -60,11 +62,17 @@ class Judged:
         made = Candidate(model, self.folder.save(model), Pipeline(), SessionOptions(), tolerance)
         return replace(made, **changes)  # type: ignore[arg-type]
 
+    @property
+    def observe(self) -> Observe:
+        """Calibration on the evidence's own rows."""
+        return Calibrator(self.evidence.calibration, self.folder, memory=10**9, cache=False).observe
+
     def judge(self, unmeasured: str = "", **changes: object) -> Judge:
         return Judge(replace(self.evidence, **changes), CPU_PROVIDER, unmeasured)  # type: ignore[arg-type]
 
     def search(self, judge: Judge, reproducer: Path, context: Context | None = None) -> Search:
-        return Search(judge, context or Context(CPU), self.folder, reproducer, lambda text: None)
+        known = context or Context(CPU, self.observe)
+        return Search(judge, known, self.folder, reproducer, lambda text: None, Chooser(known, None))
 
 
 def judge_source(path: Path, folder: Path, *, seed: int = 0, max_drop: float | None = None) -> Judged:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from .absorb_norm import AbsorbNorm
+from .fold_scale import FoldScale
 from .fuse_attention import FuseAttention
 from .fuse_bias_gelu import FuseBiasGelu
 from .fuse_gelu import FuseGelu
 from .fuse_layer_norm import FuseLayerNorm
 from .fuse_skip_layer_norm import FuseSkipLayerNorm
+from .fuse_transpose import FuseTranspose
+from .pack_products import PackProducts
 from .unfuse_attention import UnfuseAttention
 
-__all__ = ["FuseAttention", "FuseBiasGelu", "FuseGelu", "FuseLayerNorm", "FuseSkipLayerNorm", "UnfuseAttention"]
+__all__ = [
+    "AbsorbNorm",
+    "FoldScale",
+    "FuseAttention",
+    "FuseBiasGelu",
+    "FuseGelu",
+    "FuseLayerNorm",
+    "FuseSkipLayerNorm",
+    "FuseTranspose",
+    "PackProducts",
+    "UnfuseAttention",
+]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from passes.base import Context, Effect, Outcome, Purpose, Refusal
-from passes.sites import LinearSite, constant_of, linear_sites
-from passes.splice import Names, add_constant, label, new_node, new_value, take_place
-from passes.surgery import is_operator, needed, opset, remove_dead
+from passes.sites import LinearSite
+from passes.splice import Names, label, new_node, new_value, take_place
+from passes.surgery import needed, opset, remove_dead
 
-from .arithmetic import quantize_columns
-
-MINIMUM_SIDE = 16
-"""Smallest K and N worth the cost of quantizing the input; below, the integer kernels win nothing."""
+from .linear import Int8Weights, Selection, choose_sites
 
 _FIRST_OPSET = 11
 """The opset in which DynamicQuantizeLinear appeared."""
@@ -38,11 +33,12 @@ class DynamicInt8:
 
     Refused: targets without integer kernels for it; opset < 11; a MatMul or Gemm without a constant right operand, or
     with alpha, beta or transA; a weight that is not float32, not finite, or has a side shorter than 16; sites that
-    ``skip`` names; a pattern in ``skip`` that fits no site.
+    ``skip`` names; a pattern in ``skip`` or ``only`` that fits no site.
 
     Attributes:
         reduce_range: 7-bit weights, for CPUs without VNNI: their kernels saturate on 8 bits.
         skip: Module paths to leave alone; ``*`` and ``?`` are wildcards, and ``*`` also spans dots.
+        only: Module paths to act on, as in ``skip``; empty for all.
     """
 
     name: ClassVar[str] = "dynamic-int8"
@@ -51,43 +47,19 @@ class DynamicInt8:
 
     reduce_range: bool = False
     skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Rewrite the linear sites of ``model`` in place. Quantized sites are no sites any more: a rerun changes 0."""
         unfit = _unfit(model, context)
         if unfit is not None:
             return Outcome(0, (unfit,))
-        sites = linear_sites(model)
-        refused = _not_sites(model, sites) + self._idle_patterns(sites)
+        sites, refused = choose_sites(model, Selection(self.skip, self.only))
         rewriting = _Rewriting(model.graph, self.reduce_range)
         for site in sites:
-            refusal = self._refusal(site)
-            if refusal is None:
-                rewriting.rewrite(site)
-            else:
-                refused.append(refusal)
+            rewriting.rewrite(site)
         remove_dead(dict.fromkeys(rewriting.replaced))
         return Outcome(len(rewriting.replaced), tuple(refused))
-
-    def _refusal(self, site: LinearSite) -> Refusal | None:
-        pattern = next((glob for glob in self.skip if fnmatchcase(site.path, glob)), None)
-        tensor = constant_of(site.weight)
-        if pattern is not None:
-            return Refusal(label(site.node), f"{site.path} is skipped by {pattern!r}", "take it out of skip")
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
-            return Refusal(label(site.node), "the weight is not float32", "quantize before the precision is changed")
-        if min(site.shape) < MINIMUM_SIDE:
-            return Refusal(label(site.node), f"a weight of {site.shape[0]} x {site.shape[1]} is too small to gain")
-        if not np.isfinite(tensor.numpy()).all():
-            return Refusal(label(site.node), "the weight has values that are not finite", "repair the checkpoint")
-        return None
-
-    def _idle_patterns(self, sites: tuple[LinearSite, ...]) -> list[Refusal]:
-        return [
-            Refusal(glob, "the skip pattern fits no linear operator", "compare it with the module paths of the model")
-            for glob in self.skip
-            if not any(fnmatchcase(site.path, glob) for site in sites)
-        ]
 
 
 class _Rewriting:
@@ -95,16 +67,15 @@ class _Rewriting:
 
     def __init__(self, graph: ir.Graph, reduce_range: bool) -> None:
         self._graph = graph
-        self._reduce_range = reduce_range
         self._names = Names(graph)
         self._inputs: dict[ir.Value, ir.Node] = {}
-        self._weights: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
+        self._weights = Int8Weights(graph, self._names, reduce_range=reduce_range)
         self.replaced: list[ir.Value] = []
 
     def rewrite(self, site: LinearSite) -> None:
         """Put the integer chain in the place of the site's node."""
         quantized, step, zero_point = self._quantized_input(site).outputs
-        weight, scale = self._quantized_weight(site)
+        weight, scale = self._weights.initializers(site)
         base = site.output.name or label(site.node)
         shape = site.output.shape
         product = new_value(self._names.fresh(f"{base}_int32"), ir.DataType.INT32, shape)
@@ -142,19 +113,6 @@ class _Rewriting:
             self._inputs[source] = node
         return node
 
-    def _quantized_weight(self, site: LinearSite) -> tuple[ir.Value, ir.Value]:
-        key = (site.weight, site.transposed)
-        tensor = constant_of(site.weight)
-        if key not in self._weights and tensor is not None:
-            floats = tensor.numpy()
-            quantized = quantize_columns(floats.T if site.transposed else floats, reduce_range=self._reduce_range)
-            base = site.weight.name or f"{site.path}.weight"
-            self._weights[key] = (
-                add_constant(self._graph, self._names.fresh(f"{base}_int8"), quantized.values),
-                add_constant(self._graph, self._names.fresh(f"{base}_scale"), quantized.scale),
-            )
-        return self._weights[key]
-
 
 def _unfit(model: ir.Model, context: Context) -> Refusal | None:
     if context.target.device != "cpu":
@@ -165,12 +123,3 @@ def _unfit(model: ir.Model, context: Context) -> Refusal | None:
             "", f"opset {opset(model)} has no DynamicQuantizeLinear", "convert the model to opset 17 or later"
         )
     return None
-
-
-def _not_sites(model: ir.Model, sites: tuple[LinearSite, ...]) -> list[Refusal]:
-    nodes = {site.node for site in sites}
-    return [
-        Refusal(label(node), "no product with a constant matrix", "fold-constants where the operand could be constant")
-        for node in model.graph
-        if is_operator(node, "MatMul", "Gemm") and node not in nodes
-    ]

@@ -45,7 +45,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, sources: Sources) -> tupl
     """For a target that is here and one that is not, with the unoptimized graph beside them."""
     out = tmp_path_factory.mktemp("compiled") / "a place with spaces, ünï [bold]" / "[" / "bundle"
     out.parent.mkdir(parents=True)
-    options = ("--target", "cpu", "--target", "cuda", "--recipe", "safe", "--keep-reference", "--seed", "7")
+    targets = ("--target", "cpu", "--target", "cuda", "--unproven")
+    options = (*targets, "--recipe", "safe", "--keep-reference", "--seed", "7")
     return out, warm("compile", sources["sentence"], "-o", out, *options, "--json")
 
 
@@ -215,7 +216,7 @@ def test_prove_of_what_is_not_here(encoder: Path, mlp: Path, tmp_path: Path) -> 
 @pytest.mark.skipif("probe('CUDAExecutionProvider').ok")
 def test_a_bundle_for_cuda_alone(mlp: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shown = ok(warm("compile", mlp, "-o", out, "--target", "cuda", "--recipe", "safe")).out
+    shown = ok(warm("compile", mlp, "-o", out, "--target", "cuda", "--unproven", "--recipe", "safe")).out
     assert "cuda-fp32 unproven" in shown
     assert "run `hasten prove` on the target machine" in shown
     assert_refused(warm("prove", out), 8, "no variant could be proven here", "target's provider")

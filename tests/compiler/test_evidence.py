@@ -48,7 +48,7 @@ def test_the_original_has_full_marks(judged: Judged) -> None:
     assert (mean.metric, mean.reference, mean.budget) == ("cosine_mean", 1.0, 0.01)
     assert mean.value == pytest.approx(1.0, abs=1e-6)
     assert (lowest.metric, lowest.budget) == ("cosine_min", 1.0)
-    assert mean.samples == len(neutral("feature-extraction").rows)
+    assert mean.samples == len(neutral("feature-extraction").rows) // 2
     assert mean.data == "built-in neutral text"
     assert judged.evidence.shortfall(original) == ""
 
@@ -106,9 +106,12 @@ def test_long_texts_are_cut_and_it_is_said(tmp_path: Path) -> None:
     for name, content in exported.files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    rows = (Row("the cat " * 200), Row("a dog"), Row("the " * 127))
+    rows = tuple(Row(f"{word} " * 200) for word in ("cat", "dog", "man", "woman"))
     evidence = gather(source, exported, Dataset(rows, "long.txt", labelled=False), tmp_path, seed=0, max_drop=None)
-    assert evidence.notes == ("2 of 3 texts were cut to 128 tokens for judging",)
+    assert evidence.notes == (
+        "2 of 2 texts were cut to 128 tokens for judging",
+        "2 of 2 texts were cut to 128 tokens for calibration",
+    )
     assert evidence.feeds[0]["input_ids"].shape[1] == 128
     assert 3 in evidence.feeds[0]["input_ids"][:, -1], "the closing token stays"
 
@@ -124,11 +127,12 @@ def test_labelled_pairs_are_judged_by_rank_correlation(tmp_path: Path) -> None:
     folder.mkdir()
     evidence = gathered(folder, data)
     assert evidence.budget.metric == "spearman"
-    assert sum(len(feeds["input_ids"]) for feeds in evidence.feeds) == 12
+    assert sum(len(feeds["input_ids"]) for feeds in evidence.feeds) == 6, "half of the pairs"
+    assert sum(len(batch.examples) for batch in evidence.calibration) == 6
     model = export_model(read_source(str(folder / "encoder.onnx"), "feature-extraction")).model
     rows = evidence.fidelity(lambda feeds: {"sentence_embedding": run(model, dict(feeds), DISABLED)})
     assert [row.metric for row in rows] == ["spearman", "cosine_mean", "cosine_min"]
-    assert (rows[0].samples, rows[0].data, rows[0].budget) == (6, "pairs.tsv", 0.01)
+    assert (rows[0].samples, rows[0].data, rows[0].budget) == (3, "pairs.tsv", 0.01)
     assert rows[0].drop == pytest.approx(0.0, abs=1e-6)
 
 

