@@ -29,6 +29,9 @@ SMALLEST_SIDE = 16
 """Sites with a shorter side stay as they are: no form gains there."""
 _LEAD = 1.02
 """How much faster a form must be than one listed before it."""
+_ALONE = 1.5
+"""How much faster float32 must be than the best form. Alone, an operator pays for quantizing its input and for floats
+coming out; in a graph, neighbours share the one and spare the other. The graph as a whole is timed later."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Chooser:
 
     Attributes:
         context: What passes may know.
-        costs: Measured costs; None where speed is not measured: then the first form is taken everywhere.
+        costs: Measured costs; None where they are not known: then the first form is taken everywhere.
     """
 
     context: Context
@@ -85,7 +88,7 @@ class Chooser:
     _damage: dict[tuple[str, Pass], float] = field(default_factory=dict, init=False)
 
     def assign(self, model: ir.Model, forms: Sequence[Pass], precision: str) -> Assignment:
-        """The fastest form of each linear operator, the earlier one where two are within 2 %.
+        """The fastest form of each linear operator, the earlier one where two are within 2 %; none where all are slow.
 
         ``precision`` is what the provider may compute float32 in, as in `SessionOptions`.
 
@@ -116,11 +119,11 @@ class Chooser:
         costs = self.costs.milliseconds((*forms, None), shape, precision)
         best: Pass | None = None
         least = np.inf
-        for form in (*forms, None):
+        for form in forms:
             mean = geometric_mean(costs[form]) if form in costs else np.inf
             if mean * _LEAD < least:
                 best, least = form, mean
-        return best
+        return best if least < _ALONE * geometric_mean(costs[None]) else None
 
     def _damage_of(self, site: LinearSite, form: Pass, sample: Floats) -> float:
         """Relative squared error of the operator's outputs on a sample of its inputs ``[rows, K]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class GraphFolder:
 
     path: Path
     _saved: int = 0
-    _known: dict[int, tuple[ir.TensorProtocol, ir.ExternalTensor, int]] = field(default_factory=dict)
+    _known: dict[int, tuple[weakref.ref[ir.TensorProtocol], ir.ExternalTensor, int]] = field(default_factory=dict)
 
     def save(self, model: ir.Model) -> SavedGraph:
         """Write ``model`` under a new name. Its large tensors are replaced, in place, by maps of the written files."""
@@ -46,10 +47,14 @@ class GraphFolder:
         sizes: dict[str, int] = {}
         for value in (value for graph in model.graphs() for value in graph.initializers.values()):
             tensor = value.const_value
-            if tensor is not None and tensor.nbytes >= EXTERNAL_FROM:
+            if tensor is None:
+                continue
+            if tensor.nbytes >= EXTERNAL_FROM:
                 stored, size = self._store(store, tensor)
                 value.const_value = stored
                 sizes[str(stored.location)] = size
+            elif isinstance(tensor, ir.ExternalTensor):  # in the data file of the source, which does not come along
+                value.const_value = ir.tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
         data = ir.to_proto(model).SerializeToString(deterministic=True)
         self._saved += 1
         path = self.path / f"trial-{self._saved}.onnx"
@@ -58,7 +63,8 @@ class GraphFolder:
 
     def _store(self, store: WeightStore, tensor: ir.TensorProtocol) -> tuple[ir.ExternalTensor, int]:
         known = self._known.get(id(tensor))
-        if known is None:
+        # Held weakly, or every weight that a rejected change made would stay in memory; an id may be another's by now.
+        if known is None or known[0]() is not tensor:
             entry = store.put(tensor.tobytes())
             stored = ir.ExternalTensor(
                 entry.path,
@@ -69,7 +75,6 @@ class GraphFolder:
                 name=tensor.name or "",
                 base_dir=self.path,
             )
-            # Each tensor is kept with its id, so that no other tensor can ever take that id over.
-            known = (tensor, stored, entry.size)
-            self._known |= {id(tensor): known, id(stored): (stored, stored, entry.size)}
+            known = (weakref.ref(tensor), stored, entry.size)
+            self._known |= {id(tensor): known, id(stored): (weakref.ref(stored), stored, entry.size)}
         return known[1], known[2]

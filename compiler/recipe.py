@@ -12,7 +12,7 @@ from typing import cast
 
 from artifacts.errors import UsageError
 from artifacts.target import TARGETS, Target
-from passes.base import Pass
+from passes.base import Effect, Pass, Purpose
 from passes.pipeline import Pipeline, parse
 from passes.registry import CLEAN
 
@@ -85,10 +85,16 @@ def _alternative(text: str) -> Pipeline | PerSite:
         return _ALIASES[text]
     first, *others = (parse(part) for part in text.split(" / "))
     forms = (first.passes[-1], *(one for other in others for one in other.passes))
-    unfit = [form.name for form in forms if not {"only", "skip"} <= {item.name for item in fields(form)}]  # type: ignore[arg-type]  # a dataclass
+    unfit = [form.name for form in forms if not _is_form(form)]
     if others and unfit:
-        raise UsageError(f"{unfit[0]} cannot be offered for each operator: it has no options only and skip")
+        raise UsageError(f"{unfit[0]} is no form of a linear operator", "Join passes that quantize them by ' / '")
     return first if unfit else PerSite(Pipeline(first.passes[:-1]), forms)
+
+
+def _is_form(item: Pass) -> bool:
+    """Whether the pass gives linear operators another form, and can be told which."""
+    options = {option.name for option in fields(item)}  # type: ignore[arg-type]  # passes are dataclasses
+    return item.effect is Effect.LOSSY and item.purpose is Purpose.SIZE and {"only", "skip"} <= options
 
 
 def load_recipe(name: str) -> Recipe:

@@ -102,7 +102,7 @@ class Search:
         for stage in alternatives:
             self.announce(_label(stage))
             pipeline, assignment = self._assigned(best, stage)
-            trial = self._attempt(best, pipeline)
+            trial = self._attempt(best, pipeline, _label(stage))
             if trial is None:
                 return best
             verdict = self._try(trial)
@@ -139,7 +139,7 @@ class Search:
         verdict = self._try(trial) if trial is not None else None
         return verdict.candidate if verdict is not None and verdict.kept else best
 
-    def _attempt(self, best: Candidate, stage: Pipeline) -> Trial | None:
+    def _attempt(self, best: Candidate, stage: Pipeline, name: str = "") -> Trial | None:
         model = best.model.clone()
         observers = (Verifying(self.context), Reproducer(self.reproducer))
         results: tuple[tuple[Pass, Outcome], ...] = stage.run(model, self.context, observers=observers)
@@ -148,7 +148,7 @@ class Search:
         why = _why_refused(results)
         if not changed:
             reason = f"nothing changed; {why}" if why else "nothing to change"
-            self.steps.append(_step(_label(stage), refused=refused, reason=reason, before=best))
+            self.steps.append(_step(_label(stage) or name, refused=refused, reason=reason, before=best))
             return None
         passes = tuple(a_pass for a_pass, outcome in results if outcome.changed)
         candidate = best.rewritten(model, self.folder, results)

@@ -214,7 +214,8 @@ class Workshop:
     def _search(self, judge: Judge, target: Target, announce: Callable[[str], None]) -> Search:
         context = Context(target, self.observe)
         costs = None
-        if not judge.unmeasured:
+        # A provider that compiles the graph fuses operators with their neighbours: alone they cost something else.
+        if not judge.unmeasured and judge.provider == CPU_PROVIDER:
             rows = tuple(dict.fromkeys(batch * length for batch, length in TRIAL_SHAPES))
             costs = CostBase(target, judge.provider, self.threads, rows)
         return Search(judge, context, self.folder, self.reproducer, announce, Chooser(context, costs))

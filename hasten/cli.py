@@ -31,6 +31,8 @@ COMMANDS = {
     "doctor": ("look", "doctor_command"),
     "run": ("use", "run_command"),
     "bench": ("use", "bench_command"),
+    "tune": ("tune", "tune_command"),
+    "profile": ("tune", "profile_command"),
 }
 """Command -> the module of this package that holds it, imported only when the command is called, and its name there."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
@@ -15,8 +15,12 @@ from artifacts.errors import DataError, UsageError
 
 from .show import THREADS, console
 
+if TYPE_CHECKING:
+    from runtimes.bench import BenchReport
+    from runtimes.client import Ratio
 
-def _machine_options(command: Any) -> Any:
+
+def machine_options(command: Any) -> Any:
     """The options by which a user overrides the choice of variant and provider."""
     for option in (
         click.option("--device", help="Where to run: cpu, cuda, cuda:1 …  [default: the fastest that is correct]"),
@@ -37,7 +41,7 @@ def _machine_options(command: Any) -> Any:
     "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Padded tokens a batch."
 )
 @click.option("--explain", is_flag=True, help="Say on standard error which variant and provider run, and why.")
-@_machine_options
+@machine_options
 def run_command(
     bundle: Path,
     texts: tuple[str, ...],
@@ -101,6 +105,15 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     return numbers
 
 
+def _peers(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    from runtimes.peers import parse_peer
+
+    peers = dict(parse_peer(text) for text in value)
+    if len(peers) < len(value):
+        raise click.BadParameter("two peers have the same name", context, parameter)
+    return peers
+
+
 @click.command("bench", short_help="Measure latency and throughput of a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", help="Compare with `reference` (needs compile --keep-reference) or with another bundle.")
@@ -109,8 +122,23 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--seconds", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="For each shape."
 )
+@click.option(
+    "--peer",
+    "peers",
+    metavar="NAME=COMMAND",
+    multiple=True,
+    callback=_peers,
+    help="Compare with a program of yours; repeatable. It speaks the protocol of docs/peers.md.",
+)
+@click.option(
+    "--peer-timeout",
+    type=click.FloatRange(min=0, max=86400, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds a peer may take for an answer.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_machine_options
+@machine_options
 def bench_command(
     bundle: Path,
     against: str | None,
@@ -134,21 +162,45 @@ def bench_command(
     console().print(
         Text(f"{report.name}, {report.variant} on {report.provider} ({machine.cpu}, {machine.cores} cores)")
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    console().print(_speed_table(report))
+    if report.ratio is not None:
+        faster = (f"{report.ratio.median:.2f}x", "bold")
+        console().print(Text.assemble(faster, f" the speed of {report.against} over these shapes"))
+    if report.peers:
+        console().print()
+        console().print(_peer_table(report))
+
+
+def _speed_table(report: BenchReport) -> Table:
     heads = ["batch × length", "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls"]
-    for head in [*heads, *(["reference ms", "faster", "quartiles"] if against else [])]:
-        table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+    table = _table(*heads, *(["reference ms", "faster", "quartiles"] if report.against else []))
     for row in report.rows:
         cells = [f"{row.batch} × {row.length}", *(f"{ms:.2f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))]
         cells += [f"{row.per_second:.1f}", str(row.calls)]
         if row.ratio is not None and row.against_ms is not None:
-            cells += [
-                f"{row.against_ms:.2f}",
-                f"{row.ratio.median:.2f}x",
-                f"{row.ratio.low:.2f} to {row.ratio.high:.2f}",
-            ]
+            cells += [f"{row.against_ms:.2f}", *_faster(row.ratio)]
         table.add_row(*cells)
-    console().print(table)
-    if report.ratio is not None:
-        faster = (f"{report.ratio.median:.2f}x", "bold")
-        console().print(Text.assemble(faster, f" the speed of {report.against} over these shapes"))
+    return table
+
+
+def _peer_table(report: BenchReport) -> Table:
+    table = _table("peer", "batch × length", "peer ms", "p50 ms", "faster", "quartiles")
+    for total in report.peers:
+        for row in report.rows:
+            result = next(result for result in row.peers if result.name == total.name)
+            shape = f"{row.batch} × {row.length}"
+            table.add_row(total.name, shape, f"{result.ms:.2f}", f"{row.p50_ms:.2f}", *_faster(result.ratio))
+        if len(report.rows) > 1:
+            table.add_row(total.name, "all of these", "", "", *_faster(total.ratio), style="bold")
+    return table
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("peer", "batch × length") else "right", no_wrap=True)
+    return table
+
+
+def _faster(ratio: Ratio) -> tuple[str, str]:
+    return f"{ratio.median:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,34 @@ from .client import Feeds, Ratio, Timings, Worker
 from .decide import Decision, decide, find_short
 from .fingerprint import machine
 from .golden import load_golden
+from .peers import ANSWER_SECONDS, Peer
 
 REFERENCE = "reference"
 """Id of the variant that `--keep-reference` leaves in a bundle."""
 ROUNDS = 5
 """Blocks that the measuring of one model at one shape is split into, so that noise meets both models alike."""
-_OURS, _THEIRS = "ours", "theirs"
+_OURS, _THEIRS, _PEER = "ours", "theirs", "peer "
 _SEED = 20
+
+Shape = tuple[int, int]
+"""Rows, and tokens of a row."""
+Timer = Callable[[Shape, Feeds, float], list[float]]
+"""Shape, feeds of that shape, seconds to measure for -> seconds of each call."""
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """What a program outside hasten did, see docs/peers.md.
+
+    Attributes:
+        name: What the user calls it.
+        ms: Median latency of a call, milliseconds; None over all shapes.
+        ratio: How many times faster the bundle is, with quartiles over the rounds.
+    """
+
+    name: str
+    ms: float | None
+    ratio: Ratio
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class BenchRow:
         calls: Calls measured.
         against_ms: Median latency of the other model; None without one.
         ratio: How many times faster than the other model, with quartiles over the rounds; None without one.
+        peers: The programs that it was compared with.
     """
 
     batch: int
@@ -56,6 +78,7 @@ class BenchRow:
     calls: int
     against_ms: float | None = None
     ratio: Ratio | None = None
+    peers: tuple[PeerResult, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,7 @@ class BenchReport:
         machine: This machine.
         rows: A row a shape.
         ratio: How many times faster over all shapes (geometric mean); None without a comparison.
+        peers: The same for each program that it was compared with.
     """
 
     name: str
@@ -83,6 +107,7 @@ class BenchReport:
     machine: Machine
     rows: tuple[BenchRow, ...]
     ratio: Ratio | None
+    peers: tuple[PeerResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -100,10 +125,12 @@ def bench(
     threads: int = 0,
     device: str | None = None,
     provider: str | None = None,
+    peers: Mapping[str, Sequence[str]] | None = None,
+    peer_timeout: float = ANSWER_SECONDS,
 ) -> BenchReport:
-    """Measure a bundle, each model in a child process of its own; two models in turn, A B A B.
+    """Measure a bundle, each model in a child process of its own; what is compared in turn, A B A B.
 
-    Inputs are random ids within the range of the golden inputs', every token attended.
+    Inputs are random ids within the range of the golden inputs', every token attended. A peer makes its own.
 
     Args:
         bundle: The bundle.
@@ -115,11 +142,13 @@ def bench(
         threads: Threads within an operator; 0: one a physical core.
         device: ``cpu``, ``cuda:1``...; None: any.
         provider: Execution provider; None: any.
+        peers: Name -> command of programs outside hasten to compare with; they speak the protocol of docs/peers.md.
+        peer_timeout: Seconds that an answer of a peer may take, beyond what it measures.
 
     Raises:
         UsageError: A number is not positive, a length is beyond the model's, there is no such variant, no reference in
-            the bundle, or the other bundle takes other inputs.
-        ProviderError: A model does not run here.
+            the bundle, the other bundle takes other inputs, or a peer's program is not found.
+        ProviderError: A model does not run here, or a peer does not do its part.
     """
     _check(bundle, batches, lengths, seconds, threads)
     other, wanted = _opponent(bundle, against)
@@ -128,7 +157,9 @@ def bench(
     if other is not None:
         models[_THEIRS] = other, decide(other, device=device, variant=wanted, threads=threads)
     shapes = _shapes(bundle, batches, lengths)
-    times = _measure(models, [feeds for _, feeds in shapes], seconds, threads)
+    with ExitStack() as stack:
+        timers = _peer_timers(stack, peers or {}, peer_timeout) | _timers(stack, models, threads)
+        times = _measure(timers, shapes, seconds)
     timings = Timings({name: tuple(map(_medians, shape_times)) for name, shape_times in times.items()})
     return BenchReport(
         name=bundle.manifest.name,
@@ -140,6 +171,7 @@ def bench(
         machine=machine(),
         rows=tuple(_row(times, timings, index, shape) for index, (shape, _) in enumerate(shapes)),
         ratio=timings.ratio(_THEIRS, _OURS) if _THEIRS in models else None,
+        peers=_peer_results(timings, None),
     )
 
 
@@ -183,13 +215,11 @@ def _medians(blocks: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(median(block) * 1e3 for block in blocks)
 
 
-def _shapes(
-    bundle: Bundle, batches: Sequence[int], lengths: Sequence[int]
-) -> list[tuple[tuple[int, int], dict[str, NDArray[Any]]]]:
+def _shapes(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int]) -> list[tuple[Shape, Feeds]]:
     """(batch, length) and feeds of each shape; a graph with fixed extents has fewer shapes than asked for."""
     golden = load_golden(bundle).feeds
     rng = np.random.default_rng(_SEED)
-    found: dict[tuple[int, int], dict[str, NDArray[Any]]] = {}
+    found: dict[Shape, Feeds] = {}
     for batch in batches:
         for length in lengths:
             feeds = {s.name: synthetic(s, golden[s.name], batch, length, rng) for s in bundle.manifest.inputs}
@@ -219,17 +249,32 @@ def synthetic(
 
 
 def _measure(
-    models: Mapping[str, tuple[Bundle, Decision]], shapes: Sequence[Feeds], seconds: float, threads: int
+    timers: Mapping[str, Timer], shapes: Sequence[tuple[Shape, Feeds]], seconds: float
 ) -> dict[str, list[list[list[float]]]]:
     """Model -> shape -> round -> seconds of each call."""
-    times: dict[str, list[list[list[float]]]] = {name: [[] for _ in shapes] for name in models}
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(_worker(*model, threads)) for name, model in models.items()}
-        for _ in range(ROUNDS):
-            for index, feeds in enumerate(shapes):
-                for name, worker in workers.items():
-                    times[name][index].append(worker.time(feeds, seconds=seconds / ROUNDS))
+    times: dict[str, list[list[list[float]]]] = {name: [[] for _ in shapes] for name in timers}
+    for _ in range(ROUNDS):
+        for index, shape in enumerate(shapes):
+            for name, timer in timers.items():
+                times[name][index].append(timer(*shape, seconds / ROUNDS))
     return times
+
+
+def _timers(stack: ExitStack, models: Mapping[str, tuple[Bundle, Decision]], threads: int) -> dict[str, Timer]:
+    def timer(worker: Worker) -> Timer:
+        return lambda _, feeds, seconds: worker.time(feeds, seconds=seconds)
+
+    return {name: timer(stack.enter_context(_worker(*model, threads))) for name, model in models.items()}
+
+
+def _peer_timers(stack: ExitStack, commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str, Timer]:
+    def timer(peer: Peer) -> Timer:
+        return lambda shape, _, seconds: peer.time(*shape, seconds)
+
+    return {
+        _PEER + name: timer(stack.enter_context(Peer(name, command, timeout=timeout)))
+        for name, command in commands.items()
+    }
 
 
 def _worker(bundle: Bundle, decision: Decision, threads: int) -> Worker:
@@ -238,9 +283,7 @@ def _worker(bundle: Bundle, decision: Decision, threads: int) -> Worker:
     return Worker(model, decision.provider, options=variant.session, device=decision.device, threads=threads)
 
 
-def _row(
-    times: Mapping[str, list[list[list[float]]]], timings: Timings, index: int, shape: tuple[int, int]
-) -> BenchRow:
+def _row(times: Mapping[str, list[list[list[float]]]], timings: Timings, index: int, shape: Shape) -> BenchRow:
     calls = np.concatenate(times[_OURS][index]) * 1e3
     p50, p90, p99 = (float(value) for value in np.percentile(calls, (50, 90, 99)))
     compared = _THEIRS in times
@@ -254,4 +297,18 @@ def _row(
         calls=len(calls),
         against_ms=timings.ms(_THEIRS, index) if compared else None,
         ratio=timings.ratio(_THEIRS, _OURS, index) if compared else None,
+        peers=_peer_results(timings, index),
+    )
+
+
+def _peer_results(timings: Timings, index: int | None) -> tuple[PeerResult, ...]:
+    """At one shape, or over all of them."""
+    return tuple(
+        PeerResult(
+            name=name.removeprefix(_PEER),
+            ms=None if index is None else timings.ms(name, index),
+            ratio=timings.ratio(name, _OURS, index),
+        )
+        for name in timings.rounds
+        if name.startswith(_PEER)
     )

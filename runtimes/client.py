@@ -24,6 +24,8 @@ from artifacts.errors import ProviderError, UsageError
 from artifacts.manifest import SessionOptions, TensorSpec
 
 from .environment import import_paths, short_reason
+from .kernels import Kernel
+from .settings import Settings
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -43,6 +45,8 @@ class Worker:
         options: The variant's session options.
         device: ``""`` for the provider's default, else ``cpu``, ``cuda:1``...
         threads: Threads within an operator; 0 means the physical cores this process may use.
+        settings: How the session uses the machine; None: the default for that many threads.
+        wide: Open it for ``settings.lanes`` runs at once. :meth:`time` then takes the seconds of that many together.
         timeout: Seconds that loading, one run, or one block of timing (beyond its own seconds) may take.
         record_assignment: Keep which node went to which provider, for :meth:`assignment`.
 
@@ -61,6 +65,8 @@ class Worker:
         options: SessionOptions | None = None,
         device: str = "",
         threads: int = 0,
+        settings: Settings | None = None,
+        wide: bool = False,
         timeout: float = 120.0,
         record_assignment: bool = True,
     ) -> None:
@@ -77,6 +83,8 @@ class Worker:
             "provider": provider,
             "device": device,
             "threads": threads,
+            "settings": vars(settings) if settings is not None else {},
+            "wide": wide,
             "record": record_assignment,
             "options": vars(options or SessionOptions()),
         }
@@ -129,6 +137,12 @@ class Worker:
         """Nodes by operator type in the graph that ONNX Runtime made of the model at load. Loads it once more."""
         operators: dict[str, int] = self._ask("optimized", "saving the optimized graph")["operators"]
         return operators
+
+    def profile(self, feeds: Feeds, *, runs: int = 8) -> tuple[Kernel, ...]:
+        """What each kernel takes of a run. Loads the model once more, to be profiled."""
+        path = self._file("feeds.npz")
+        request = {"feeds": path, "names": write_feeds(path, feeds), "runs": runs}
+        return tuple(Kernel(*one) for one in self._ask("profile", "profiling the model", request)["kernels"])
 
     def devices(self) -> tuple[str, ...]:
         """Names of the devices that the provider sees."""

@@ -20,6 +20,7 @@ from artifacts.target import CPU_PROVIDER
 from .golden import Golden, check_golden, golden_error, load_golden
 from .providers import EXECUTION_PROVIDERS, built_in, find, parse_device, why_not
 from .session import Session
+from .settings import Settings, default_settings
 
 if TYPE_CHECKING:
     from .client import Worker
@@ -137,7 +138,7 @@ def start(
     from . import remember
 
     candidates = _candidates(bundle, device, provider, variant)
-    trial = _Trial(bundle, load_golden(bundle), threads, timeout)
+    trial = _Trial(bundle, load_golden(bundle), threads, cache, timeout)
     lone = _lone(candidates)
     if lone is not None:
         return trial.alone(candidates, lone)
@@ -151,6 +152,39 @@ def start(
     decision, session = trial.compare(candidates)
     remember.remember(key, decision)
     return decision, session
+
+
+def widen(bundle: Bundle, decision: Decision, settings: Settings) -> Session:
+    """The session that `start` opened once more, for ``settings.lanes`` runs at once; the golden test has passed.
+
+    Raises:
+        BundleError: The golden arrays cannot be read any more.
+        ProviderError: It does not load, or computes wrong results.
+    """
+    chosen = next(one for one in decision.candidates if one.status == "chosen")
+    return _open(bundle, load_golden(bundle), chosen, settings, wide=True)
+
+
+def _open(
+    bundle: Bundle, golden: Golden, candidate: CandidateResult, settings: Settings, *, wide: bool = False
+) -> Session:
+    """A session of this process that passed the golden test."""
+    variant = bundle.variant(candidate.variant)
+    session = Session(
+        bundle.path / variant.model,
+        candidate.provider,
+        options=variant.session,
+        device=candidate.device,
+        settings=settings,
+        wide=wide,
+        record_assignment=candidate.provider != CPU_PROVIDER,
+    )
+    try:
+        check_golden(session, golden, variant.tolerance, candidate.name)
+    except HastenError:
+        session.close()
+        raise
+    return session
 
 
 def _candidates(
@@ -221,6 +255,7 @@ class _Trial:
     bundle: Bundle
     golden: Golden
     threads: int
+    cache: bool
     timeout: float
 
     def alone(self, candidates: tuple[CandidateResult, ...], lone: CandidateResult) -> tuple[Decision, Session]:
@@ -242,6 +277,7 @@ class _Trial:
             results |= {(r.variant, r.provider): r for r in self.measure(tier)}
             timed = [result for result in results.values() if result.ms is not None]
             for chosen in sorted(timed, key=lambda result: result.ms or 0.0):
+                self.tune(chosen)
                 try:
                     session = self.open(chosen)
                 except ProviderError as error:  # It worked in the child, and does not here.
@@ -253,22 +289,20 @@ class _Trial:
         raise _nothing_works(tuple(results.values()))
 
     def open(self, candidate: CandidateResult) -> Session:
-        """A session of this process that passed the golden test."""
-        variant = self.bundle.variant(candidate.variant)
-        session = Session(
-            self.bundle.path / variant.model,
-            candidate.provider,
-            options=variant.session,
-            device=candidate.device,
-            threads=self.threads,
-            record_assignment=candidate.provider != CPU_PROVIDER,
-        )
-        try:
-            check_golden(session, self.golden, variant.tolerance, candidate.name)
-        except HastenError:
-            session.close()
-            raise
-        return session
+        """A session of this process that passed the golden test, with the settings tuned for it, if it was tuned."""
+        from . import remember
+
+        about = candidate.variant, candidate.provider, candidate.device, self.threads
+        settings = remember.recall_settings(self.bundle.digest, *about) if self.cache else None
+        return _open(self.bundle, self.golden, candidate, settings or default_settings(*about[1:]))
+
+    def tune(self, chosen: CandidateResult) -> None:
+        """Tune the settings for a candidate that was compared, where they can be kept."""
+        if self.cache:
+            from .tune import tune_at_load
+
+            about = chosen.variant, chosen.provider, chosen.device, self.threads
+            tune_at_load(self.bundle, *about, ms=chosen.ms or 0.0)
 
     def measure(self, tier: list[CandidateResult]) -> list[CandidateResult]:
         """Each candidate loaded and tested in a child of its own; those that are correct timed in turn."""

@@ -12,7 +12,6 @@ from typing import BinaryIO, Literal
 from artifacts.errors import DataError, HastenError, OutputError, ProviderError, UsageError
 
 from .tasks.base import Record, Task
-from .text import MAX_TOKENS
 
 Form = Literal["auto", "text", "jsonl"]
 Numbered = tuple[int, Record]
@@ -56,7 +55,7 @@ def run_records(
     records: Iterable[Numbered],
     *,
     name: str = "stdin",
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     chunk: int = CHUNK,
 ) -> Iterator[Row]:
     """The task's result for each record, in order, lazily; a record's ``id`` is carried over.
@@ -65,7 +64,7 @@ def run_records(
         task: A loaded model.
         records: From `read_records`.
         name: What to call the source in errors.
-        max_tokens: Padded tokens a batch.
+        max_tokens: Padded tokens a batch; None: as many as suit this machine.
         chunk: Records read before the first result appears; 1 answers line by line.
 
     Raises:
@@ -73,7 +72,7 @@ def run_records(
         DataError: A record is not what the task takes; the line is named.
         ProviderError: ONNX Runtime failed.
     """
-    if chunk < 1 or max_tokens < 1:
+    if chunk < 1 or (max_tokens is not None and max_tokens < 1):
         raise UsageError("the sizes of chunks and batches are counts", "Pass positive numbers")
     left = iter(records)
     while taken := list(islice(left, chunk)):
@@ -140,7 +139,7 @@ def _write(rows: Iterable[Mapping[str, object]], file: BinaryIO) -> int:
     return count
 
 
-def _single(task: Task, record: Record, where: str, max_tokens: int) -> Row:
+def _single(task: Task, record: Record, where: str, max_tokens: int | None) -> Row:
     try:
         return task.rows([record], max_tokens=max_tokens)[0]
     except (DataError, UsageError) as error:

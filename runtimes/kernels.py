@@ -64,6 +64,8 @@ class Share:
 def read_trace(path: Path, *, runs: int) -> tuple[Kernel, ...]:
     """The kernels of a trace of that many equal runs, in the order in which they first ran.
 
+    The first run is left out where there are more: it pays for buffers and kernels of a new shape.
+
     Raises:
         ProviderError: The file is no trace of ONNX Runtime's, or no kernel is in it.
     """
@@ -76,11 +78,10 @@ def read_trace(path: Path, *, runs: int) -> tuple[Kernel, ...]:
     own = [kernel for kernel, inner in found if inner] or [kernel for kernel, _ in found]
     if not own:
         raise ProviderError("the profile holds no kernels")
-    total: dict[tuple[str, str, str], float] = {}
+    times: dict[tuple[str, str, str], list[float]] = {}
     for kernel in own:
-        key = (kernel.name, kernel.operator, kernel.implementation)
-        total[key] = total.get(key, 0.0) + kernel.ms
-    return tuple(Kernel(*key, ms / runs) for key, ms in total.items())
+        times.setdefault((kernel.name, kernel.operator, kernel.implementation), []).append(kernel.ms)
+    return tuple(Kernel(*key, sum(ms[runs > 1 :]) / max(1, runs - 1)) for key, ms in times.items())
 
 
 def shares(kernels: Iterable[Kernel]) -> tuple[Share, ...]:

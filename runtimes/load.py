@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from artifacts.bundle import Bundle, open_bundle
 from artifacts.constraints import printable
 from artifacts.errors import UsageError
+from artifacts.manifest import Manifest
 from artifacts.proof import VariantProof
 
-from .decide import CandidateResult, Decision, find_short, start
+from .decide import CandidateResult, Decision, find_short, start, widen
+from .pool import SessionPool
+from .settings import Settings
 from .tasks import TASKS, Task
+
+_MOST_LANES = 1024
 
 
 def load(
@@ -22,6 +29,7 @@ def load(
     provider: str | None = None,
     variant: str | None = None,
     threads: int = 0,
+    lanes: int = 0,
     cache: bool = True,
     verify: bool = True,
 ) -> Task:
@@ -32,31 +40,47 @@ def load(
         device: ``cpu``, ``cuda``, ``cuda:1``...; None: any.
         provider: Execution provider, full or short name; None: any.
         variant: Id of a variant; None: any.
-        threads: Threads within an operator; 0: one a physical core.
-        cache: Use and write the decision kept on this machine.
+        threads: Threads within an operator; 0: as tuned, else one a physical core.
+        lanes: Batches of a long input that run at once, each on one thread of a second session that is opened when the
+            first long input comes; 0: as tuned, else one a thread of the CPU; 1: none, which saves the memory of the
+            second session's weights.
+        cache: Use and write the decision and the settings kept on this machine.
         verify: Hash every file before it is used.
 
     Returns:
         The task of the bundle, its golden test passed on the provider it runs on.
 
     Raises:
-        UsageError: No such device, provider or variant, or a negative number of threads.
+        UsageError: No such device, provider or variant, or a negative number of threads or lanes.
         BundleError: Not a bundle, or a damaged one.
         ProviderError: Nothing here runs the bundle correctly.
     """
-    if threads < 0:
-        raise UsageError(f"threads is {threads}", "Pass 0 for one a physical core, or a positive number")
+    if threads < 0 or not 0 <= lanes <= _MOST_LANES:
+        raise UsageError(f"threads is {threads}, lanes is {lanes}", "Pass 0 for what suits this machine, or a few")
     bundle = open_bundle(Path(path), verify=verify)
     decision, session = start(bundle, device=device, provider=provider, variant=variant, threads=threads, cache=cache)
+    settings = replace(session.settings, lanes=lanes or session.settings.lanes)
+    pool = SessionPool(
+        session,
+        lanes=settings.lanes,
+        max_tokens=settings.max_tokens,
+        widen=partial(widen, bundle, decision, settings),
+    )
     try:
-        return TASKS[bundle.manifest.task](bundle, session, explanation=explain(bundle, decision))
+        return TASKS[bundle.manifest.task](bundle, pool, explanation=explain(bundle, decision, settings))
     except BaseException:
         session.close()
         raise
 
 
-def explain(bundle: Bundle, decision: Decision) -> str:
-    """Which variant runs on which provider, why, what else was possible, and what the proof says: several lines."""
+def explain(bundle: Bundle, decision: Decision, settings: Settings | None = None) -> str:
+    """Which variant runs on which provider, why, what else was possible, and what the proof says: several lines.
+
+    Args:
+        bundle: The bundle.
+        decision: What was chosen.
+        settings: How the session uses the machine; None: leave it out.
+    """
     manifest = bundle.manifest
     variant = bundle.variant(decision.variant)
     proof = bundle.proof.variant(variant.id)
@@ -66,6 +90,7 @@ def explain(bundle: Bundle, decision: Decision) -> str:
         f"  runs       {variant.id} ({variant.precision}) on {find_short(decision.provider)}, device {decision.device}",
         f"  because    {decision.reason} ({when})",
         f"  proof      {_proof_line(proof, decision.provider)}",
+        *([f"  settings   {_settings_line(manifest, settings)}"] if settings is not None else []),
         "  candidates",
         *(f"    {line}" for line in _table(decision.candidates)),
     ]
@@ -74,6 +99,11 @@ def explain(bundle: Bundle, decision: Decision) -> str:
         lines += [f"  {len(chosen.fallback)} nodes run on another provider"]
         lines += [f"    {node}" for node in chosen.fallback]
     return "\n".join(lines)
+
+
+def _settings_line(manifest: Manifest, settings: Settings) -> str:
+    told = settings.describe(text=manifest.processor is not None)
+    return f"{told} ({'tuned on this machine' if settings.tuned else 'the defaults, not tuned on this machine'})"
 
 
 def _proof_line(proof: VariantProof | None, provider: str) -> str:

@@ -14,9 +14,10 @@ from artifacts.errors import ProviderError
 from artifacts.manifest import SessionOptions, TensorSpec
 from artifacts.target import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, TENSORRT_PROVIDER
 
-from .environment import ORT_ERRORS, ep_devices, physical_cores, register_openvino, short_reason
+from .environment import ORT_ERRORS, ep_devices, register_openvino, short_reason
 from .environment import onnxruntime as ort
 from .providers import find, parse_device, preload, translate, why_not
+from .settings import Settings, default_settings
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -38,10 +39,13 @@ class Session:
         provider: Execution provider, by full name.
         options: What the variant fixes of ONNX Runtime's own optimizers and of the provider's precision.
         device: ``cpu``, ``cuda``, ``cuda:1``...
-        threads: Threads within an operator; 0 means the physical cores this process may use.
+        threads: Threads within an operator; 0 means the physical cores this process may use. ``settings`` says it too.
+        settings: How it uses the machine; None: `default_settings`.
+        wide: Open it for ``settings.lanes`` runs at once, on one thread each, instead of for one run on all threads.
         record_assignment: Keep which node went to which provider, for :meth:`assignment`.
         io_binding: Bind tensors to the device; None means where it gains (CUDA, TensorRT).
         optimized: Write the graph that ONNX Runtime made of the model to this file.
+        profile: Record every run in a trace beside this path; :meth:`end_profile` says which file it is.
 
     Raises:
         ProviderError: ONNX Runtime or the provider refuses the model, or would have fallen back to another provider.
@@ -55,17 +59,25 @@ class Session:
         options: SessionOptions,
         device: str = "",
         threads: int = 0,
+        settings: Settings | None = None,
+        wide: bool = False,
         record_assignment: bool = False,
         io_binding: bool | None = None,
         optimized: Path | None = None,
+        profile: Path | None = None,
     ) -> None:
         self.provider = provider
         self.device = device or find(provider).devices[0]
-        self.threads = threads or physical_cores()
         self._device_kind, self._device_index = parse_device(self.device)
+        self.settings = settings or default_settings(provider, self.device, threads)
+        self.threads = self.settings.threads
+        self.lanes = self.settings.lanes if wide else 1
         self._bind = provider in (CUDA_PROVIDER, TENSORRT_PROVIDER) if io_binding is None else io_binding
-        settings = self._settings(options, record_assignment, optimized)
-        self._session = self._open(model, settings, options)
+        told = self._session_options(options, record_assignment, optimized)
+        if profile is not None:
+            told.enable_profiling, told.profile_file_prefix = True, str(profile)
+        self._profiled = profile is not None
+        self._session = self._open(model, told, options)
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._names = [spec.name for spec in self.outputs]
@@ -106,36 +118,53 @@ class Session:
             for name, operator in nodes
         )
 
+    def end_profile(self) -> Path:
+        """The trace of the runs so far, as `runtimes.kernels.read_trace` takes it. Needs ``profile``."""
+        if self._session is None or not self._profiled:
+            raise ProviderError("the session was not profiled")
+        return Path(self._session.end_profiling())
+
     def close(self) -> None:
         """Free the graph and its threads."""
         self._session = None
 
-    def _settings(self, options: SessionOptions, record: bool, optimized: Path | None) -> ort.SessionOptions:
-        settings = ort.SessionOptions()
-        settings.log_severity_level = _ERROR_LEVEL
-        settings.intra_op_num_threads = self.threads
-        settings.graph_optimization_level = _LEVELS[options.optimization_level]
+    def _session_options(self, options: SessionOptions, record: bool, optimized: Path | None) -> ort.SessionOptions:
+        told = ort.SessionOptions()
+        told.log_severity_level = _ERROR_LEVEL
+        # On one thread a run stays on the thread that called it, so that as many run at once as there are callers.
+        told.intra_op_num_threads = 1 if self.lanes > 1 else self.threads
+        told.graph_optimization_level = _LEVELS[options.optimization_level]
+        told.enable_cpu_mem_arena = self.settings.arena
         # An idle session must not burn the cores that another one, or the tokenizer, needs. Measured so, shipped so.
-        settings.add_session_config_entry("session.force_spinning_stop", "1")
+        told.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self.settings.spinning:
+            told.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if record:
-            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            told.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if optimized is not None:
-            settings.optimized_model_filepath = str(optimized)
-        return settings
+            told.optimized_model_filepath = str(optimized)
+        return told
 
-    def _open(self, model: Path, settings: ort.SessionOptions, options: SessionOptions) -> ort.InferenceSession:
+    def _open(self, model: Path, told: ort.SessionOptions, options: SessionOptions) -> ort.InferenceSession:
         arguments: dict[str, Any] = {"enable_fallback": 0}
         if options.disabled_optimizers:
             arguments["disabled_optimizers"] = list(options.disabled_optimizers)
-        told = translate(options, self.provider, device=self.device, threads=self.threads)
+        provider = translate(
+            options,
+            self.provider,
+            device=self.device,
+            threads=self.threads,
+            streams=self.lanes,
+            profile=self._profiled,
+        )
         short = find(self.provider).short
         try:
             if self.provider == OPENVINO_PROVIDER:
-                settings.add_provider_for_devices(self._plugin_devices(), told)
+                told.add_provider_for_devices(self._plugin_devices(), provider)
             else:
                 preload(self.provider)
-                arguments["providers"] = _with_fallbacks(self.provider, told)
-            session = ort.InferenceSession(str(model), settings, **arguments)
+                arguments["providers"] = _with_fallbacks(self.provider, provider)
+            session = ort.InferenceSession(str(model), told, **arguments)
         except ORT_ERRORS as error:
             if missing := why_not(self.provider):
                 raise ProviderError(f"{short} does not work here: {missing}") from error

@@ -4,18 +4,20 @@
 travel as ``.npz`` files; their names stand in the request and the answer, the arrays are ``arr_0``, ``arr_1``...
 
     op          arguments                                                   answer
-    load        model, provider, device, threads, record, options {...}     inputs, outputs: [name, dtype, shape]...
+    load        model, provider, device, threads, record, options {...},    inputs, outputs: [name, dtype, shape]...
+                settings {...}, wide (both may be left out)
     run         feeds: path, names: [...], outputs: path                    names: [...]
     time        feeds: path, names: [...], repeats | null, seconds | null   seconds: [...]
     assignment                                                              nodes: {provider: [name, operator]...}
     optimized                                                               operators: {operator: count}
+    profile     feeds: path, names: [...], runs                             kernels: [[name, operator, kernel, ms]...]
     devices                                                                 devices: [...]
     exit
 
 An answer has ``"ok": true``; a failure is ``{"ok": false, "error": text}``. ``time`` returns every call it made: the
-parent drops the first. Every request carries ``limit``, the seconds after which this process ends itself even if native
-code holds the interpreter. The end of stdin ends the process at once, whatever it is doing: a killed parent leaves
-nothing behind.
+parent drops the first. A call of a session loaded ``wide`` is a run in each of its lanes, all at once. Every request
+carries ``limit``, the seconds after which this process ends itself even if native code holds the interpreter. The end
+of stdin ends the process at once, whatever it is doing: a killed parent leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +42,8 @@ from artifacts.errors import HastenError, ProviderError
 from artifacts.manifest import SessionOptions
 
 from .protobuf import op_types
-from .session import Session
+from .session import Feeds, Session
+from .settings import Settings
 
 MINIMUM_CALLS = 3
 Reply = dict[str, Any]
@@ -60,6 +64,7 @@ class Server:
             "time": self._on_time,
             "assignment": self._on_assignment,
             "optimized": self._on_optimized,
+            "profile": self._on_profile,
             "devices": self._on_devices,
         }
         try:
@@ -81,14 +86,14 @@ class Server:
         return {"names": list(outputs)}
 
     def _on_time(self, request: Mapping[str, Any]) -> Reply:
-        run, feeds = self._loaded().run, _read_arrays(request)
-        repeats, seconds = request["repeats"], request["seconds"]
+        feeds, repeats, seconds = _read_arrays(request), request["repeats"], request["seconds"]
         times: list[float] = []
-        end = time.perf_counter() + (seconds or 0.0)
-        while len(times) < (repeats or MINIMUM_CALLS) or (seconds and time.perf_counter() < end):
-            start = time.perf_counter()
-            run(feeds)
-            times.append(time.perf_counter() - start)
+        with _in_every_lane(self._loaded()) as run:
+            end = time.perf_counter() + (seconds or 0.0)
+            while len(times) < (repeats or MINIMUM_CALLS) or (seconds and time.perf_counter() < end):
+                start = time.perf_counter()
+                run(feeds)
+                times.append(time.perf_counter() - start)
         return {"seconds": times}
 
     def _on_assignment(self, _: Mapping[str, Any]) -> Reply:
@@ -103,6 +108,23 @@ class Server:
             _open(self._load, optimized=path).close()
             return {"operators": op_types(path)}
 
+    def _on_profile(self, request: Mapping[str, Any]) -> Reply:
+        import tempfile
+
+        from .kernels import read_trace
+
+        self._loaded()
+        feeds, runs = _read_arrays(request), request["runs"]
+        with tempfile.TemporaryDirectory(prefix="hasten-") as folder:
+            session = _open(self._load, profile=Path(folder) / "profile")
+            try:
+                for _ in range(runs):
+                    session.run(feeds)
+                kernels = read_trace(session.end_profile(), runs=runs)
+            finally:
+                session.close()
+        return {"kernels": [[one.name, one.operator, one.implementation, one.ms] for one in kernels]}
+
     def _on_devices(self, _: Mapping[str, Any]) -> Reply:
         from .fingerprint import provider_devices
 
@@ -114,7 +136,21 @@ class Server:
         return self._session
 
 
-def _open(request: Mapping[str, Any], *, record: bool = False, optimized: Path | None = None) -> Session:
+@contextmanager
+def _in_every_lane(session: Session) -> Iterator[Callable[[Feeds], object]]:
+    """What runs its feeds once in each lane of a session, all at once, and waits for the last."""
+    if session.lanes == 1:
+        yield session.run
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(session.lanes) as pool:
+        yield lambda feeds: list(pool.map(session.run, [feeds] * session.lanes))
+
+
+def _open(
+    request: Mapping[str, Any], *, record: bool = False, optimized: Path | None = None, profile: Path | None = None
+) -> Session:
     told = request["options"]
     options = SessionOptions(told["optimization_level"], tuple(told["disabled_optimizers"]), told["precision"])
     return Session(
@@ -123,8 +159,11 @@ def _open(request: Mapping[str, Any], *, record: bool = False, optimized: Path |
         options=options,
         device=request["device"],
         threads=request["threads"],
+        settings=Settings(**told_settings) if (told_settings := request.get("settings")) else None,
+        wide=request.get("wide", False),
         record_assignment=record,
         optimized=optimized,
+        profile=profile,
     )
 
 

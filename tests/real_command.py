@@ -68,6 +68,13 @@ def cold(
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+def ok(done: Finished) -> Finished:
+    """The same, if the command did what it was asked."""
+    assert done.code == 0, (done.code, done.err)
+    assert "Traceback" not in done.err
+    return done
+
+
 def warm(
     *arguments: str | Path, cwd: Path | None = None, file_limit: int | None = None, powerless: bool = False
 ) -> Finished:

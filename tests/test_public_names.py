@@ -41,13 +41,13 @@ def parameters(function: object) -> list[str]:
 
 def test_signatures() -> None:
     assert parameters(hasten.compile_model) == ["source", "output", "options"]
-    assert parameters(hasten.load) == ["path", "device", "provider", "variant", "threads", "cache", "verify"]
+    assert parameters(hasten.load) == ["path", "device", "provider", "variant", "threads", "lanes", "cache", "verify"]
     assert parameters(hasten.open_bundle) == ["path", "verify"]
     assert parameters(hasten.pack)[:2] == ["bundle_dir", "file"]
     assert parameters(hasten.unpack)[:2] == ["file", "out"]
     assert [field.name for field in dataclasses.fields(CompileOptions)] == [
-        *("targets", "recipe", "task", "pooling", "name", "data", "columns", "max_drop", "seed", "threads", "plan"),
-        *("keep_reference", "force"),
+        *("targets", "recipe", "task", "pooling", "name", "data", "columns", "max_drop", "seed", "threads"),
+        *("calibration_rows", "calibration_memory", "plan", "unproven", "keep_reference", "force"),
     ]
     assert CompileOptions().targets == ("cpu",)
     assert CompileOptions().recipe == "balanced"
@@ -62,7 +62,21 @@ def test_every_option_of_a_compile_is_an_option_of_the_command() -> None:
 
 def test_the_commands() -> None:
     assert list(COMMANDS) == [
-        *("compile", "recipes", "passes", "prove", "inspect", "verify", "pack", "unpack", "doctor", "run", "bench")
+        *(
+            "compile",
+            "recipes",
+            "passes",
+            "prove",
+            "inspect",
+            "verify",
+            "pack",
+            "unpack",
+            "doctor",
+            "run",
+            "bench",
+            "tune",
+            "profile",
+        )
     ]
     for name, (module, function) in COMMANDS.items():
         command = getattr(importlib.import_module(f"hasten.{module}"), function)

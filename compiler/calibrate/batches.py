@@ -224,5 +224,5 @@ def _check_array(name: str, array: NDArray[Any], value: ir.Value, batch: Batch) 
 
 def first_not_finite(array: NDArray[Any]) -> tuple[int, float]:
     """Index along the first axis of the first NaN or infinity, and the number; 0 for an array without axes."""
-    place = np.argwhere(~np.isfinite(array))[0]
-    return int(place[0]) if len(place) else 0, float(array[tuple(place)])
+    index = np.argwhere(~np.isfinite(array))[0]
+    return int(index[0]) if len(index) else 0, float(array[tuple(index)])

@@ -71,19 +71,19 @@ class Calibrator:
             return {}
         found = self._survey(model)
         names = [value.name or "" for value in values]
-        key = self._key(model, values, found)
-        known = recall(key, names) if self.cache else None
+        key = self._key(model, values, found) if self.cache else ""
+        known = recall(key, names) if key else None
         if known is not None:
             return known
         apart = self.batches.rows_apart
         footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads)
         groups = plan(footprint, found, self.memory)
         activations: dict[str, Activation] = {}
-        for index, group in enumerate(groups):
-            progress = _Progress(self.announce, found.examples * len(groups), found.examples * index)
-            activations |= self._pass(model, [values[place] for place in group.values], group, footprint, progress)
+        for turn, group in enumerate(groups):
+            progress = _Progress(self.announce, found.examples * len(groups), found.examples * turn)
+            activations |= self._pass(model, [values[index] for index in group.values], group, footprint, progress)
         activations = {name: activations[name] for name in names}
-        if self.cache:
+        if key:
             remember(key, activations)
         return activations
 
@@ -96,7 +96,7 @@ class Calibrator:
         self, model: ir.Model, values: Sequence[ir.Value], group: Group, footprint: Footprint, progress: _Progress
     ) -> dict[str, Activation]:
         seen = {value.name or "": ActivationAccumulator(value.name or "", seed=self.seed) for value in values}
-        flat = [not footprint.channels[place] for place in group.values]
+        flat = [not footprint.channels[index] for index in group.values]
         with (
             saved(instrument(model, values), self.folder) as path,
             CalibrationSession(path, threads=self.threads) as session,

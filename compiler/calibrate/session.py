@@ -92,7 +92,8 @@ class CalibrationSession:
 
 def give_back() -> None:
     """Hand memory that is free back to the system, where the C library holds on to it: glibc does, between the blocks
-    still in use, and so grows to twice what is live."""
+    still in use, and so grows to twice what is live.
+    """
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # another C library; Windows has no handle without a name

@@ -59,7 +59,7 @@ class StaticInt8:
     effect: ClassVar[Effect] = Effect.LOSSY
     purpose: ClassVar[Purpose] = Purpose.SIZE
 
-    ranges: str = "mse"
+    ranges: str = "output"
     percentile: float = 99.99
     correct_bias: bool = True
     reduce_range: bool = False

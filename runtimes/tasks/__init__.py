@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..pool import Runner
 from .answer import Answer, Answerer
-from .base import Record, Runner, Task, TextTask
+from .base import Record, Task, TextTask
 from .classify import Classification, Classifier
 from .embed import Embedder
 from .fill import Filler, Filling

@@ -11,7 +11,10 @@ import numpy as np
 
 from artifacts.errors import UsageError
 
-from ..text import MAX_TOKENS, Tokens, check_text
+from ..items import check_text
+from ..pipeline import in_order
+from ..pool import Arrays
+from ..text import Batch, Tokens
 from .base import Record, TextTask, text_field
 from .numbers import best_spans
 
@@ -52,7 +55,7 @@ class Answerer(TextTask):
         *,
         no_answer: bool = False,
         max_answer_tokens: int = 15,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> Answer:
         """The best answer in the context, which may be of any length: it is read in overlapping windows.
 
@@ -66,7 +69,7 @@ class Answerer(TextTask):
             no_answer: Whether "there is no answer" may win (models trained on SQuAD 2): it does where every window
                 finds it likelier than the best answer.
             max_answer_tokens: Most tokens of an answer.
-            max_tokens: Padded tokens a batch.
+            max_tokens: Padded tokens a batch; None: as many as suit this machine.
 
         Returns:
             The answer; empty text at 0:0 where "no answer" wins or the context has no tokens.
@@ -76,11 +79,12 @@ class Answerer(TextTask):
             ProviderError: ONNX Runtime failed.
         """
         question, context = check_text(question, "the question"), check_text(context, "the context")
-        if max_answer_tokens < 1 or max_tokens < 1:
+        tokens = self._opened().max_tokens if max_tokens is None else max_tokens
+        if max_answer_tokens < 1 or tokens < 1:
             raise UsageError("max_answer_tokens and max_tokens are counts", "Pass positive numbers")
         best: Answer | None = None
         null = 1.0
-        for row, start, end in self._logits(question, context, max_tokens):
+        for row, start, end in self._logits(question, context, tokens):
             first = 0 if len(row) and row.special[0] else None
             spans, nothing = best_spans(start, end, row.context, no_answer=first, longest=max_answer_tokens, count=1)
             null = min(null, nothing)
@@ -92,19 +96,25 @@ class Answerer(TextTask):
             return Answer("", null, 0, 0)
         return best
 
-    def rows(self, records: Sequence[Record], *, max_tokens: int = MAX_TOKENS) -> list[dict[str, object]]:
+    def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """An `Answer` for each ``question`` and ``context``."""
         pairs = [(text_field(record, "question"), text_field(record, "context")) for record in records]
         return [self.answer(question, context, max_tokens=max_tokens).to_dict() for question, context in pairs]
 
     def _logits(self, question: str, context: str, max_tokens: int) -> Iterator[tuple[Tokens, np.ndarray, np.ndarray]]:
         """Each window with its start and end logits, in reading order."""
+        found = self._flow(self._chunks(question, context, max_tokens))
+        for row, start, end in in_order((batch.indices, self._rows(batch, outputs)) for batch, outputs in found):
+            yield row, start[: len(row)], end[: len(row)]
+
+    def _rows(self, batch: Batch, outputs: Arrays) -> Iterator[tuple[Tokens, np.ndarray, np.ndarray]]:
+        starts, ends = self._output(outputs, "start_logits"), self._output(outputs, "end_logits")
+        return zip(batch.rows, starts, ends, strict=True)
+
+    def _chunks(self, question: str, context: str, max_tokens: int) -> Iterator[list[Batch]]:
+        """Batches of the windows, a bounded number of windows at a time."""
         windows = self.encoder.windows(question, context)
+        start = 0
         while rows := list(islice(windows, _WINDOWS)):
-            found: dict[int, tuple[Tokens, np.ndarray, np.ndarray]] = {}
-            for batch in self.encoder.group(rows, max_tokens=max_tokens):
-                outputs = self.run(batch.feeds)
-                starts, ends = self._output(outputs, "start_logits"), self._output(outputs, "end_logits")
-                for index, row, start, end in zip(batch.indices, batch.rows, starts, ends, strict=True):
-                    found[index] = row, start[: len(row)], end[: len(row)]
-            yield from (found[index] for index in range(len(rows)))
+            yield list(self.encoder.group(rows, start=start, max_tokens=max_tokens))
+            start += len(rows)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,10 @@ from artifacts.bundle import Bundle
 from artifacts.errors import BundleError, DataError, UsageError
 from artifacts.manifest import TensorSpec
 
-from ..text import MAX_TOKENS, Item, TextEncoder
+from ..items import Item
+from ..pipeline import ahead, flow
+from ..pool import Arrays, Runner, SessionPool
+from ..text import Batch, TextEncoder
 
 if TYPE_CHECKING:
     from .answer import Answer
@@ -22,26 +26,8 @@ if TYPE_CHECKING:
     from .fill import Filling
     from .tag import Entity
 
-Arrays = dict[str, NDArray[Any]]
 Record = str | Mapping[str, object]
 """A line of input to `hasten run`: a text, or an object with named fields."""
-
-
-class Runner(Protocol):
-    """What a task needs of a session."""
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Inputs of the graph."""
-        ...
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Outputs by name."""
-        ...
-
-    def close(self) -> None:
-        """Free the graph."""
-        ...
 
 
 class Task(ABC):
@@ -60,11 +46,11 @@ class Task(ABC):
 
         Args:
             bundle: Where the graph is from.
-            session: The graph, ready to run.
+            session: The graph, ready to run: one session, or a pool of them.
             explanation: Why this variant and provider, in lines.
         """
         self.bundle = bundle
-        self._session: Runner | None = session
+        self._pool: SessionPool | None = session if isinstance(session, SessionPool) else SessionPool(session)
         self._explanation = explanation
         self._specs = {spec.name: spec for spec in session.inputs}
 
@@ -81,24 +67,18 @@ class Task(ABC):
             UsageError: An input is missing, unknown, of another type or rank, or the model was closed.
             ProviderError: ONNX Runtime failed.
         """
-        if self._session is None:
-            raise UsageError("the model was closed", "Load it again")
-        unknown = sorted(set(feeds) - set(self._specs))
-        missing = sorted(set(self._specs) - set(feeds))
-        if unknown or missing:
-            wrong = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
-            raise UsageError(wrong, f"The graph takes {', '.join(self._specs)}")
-        return self._session.run({name: _convert(value, self._specs[name]) for name, value in feeds.items()})
+        return self._run(self._opened().session, feeds)
 
     def explain(self) -> str:
-        """Why this variant on this provider: several lines to read."""
-        return self._explanation
+        """Why this variant on this provider, and how it uses the machine: several lines to read."""
+        told = self._pool.explain() if self._pool is not None else ""
+        return f"{self._explanation}\n  now        {told}" if told else self._explanation
 
     def close(self) -> None:
         """Free the graph. Calling it again does nothing; running afterwards is a UsageError."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -111,15 +91,19 @@ class Task(ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.bundle.manifest.name!r}>"
 
-    def embed(self, texts: Iterable[str], *, max_tokens: int = MAX_TOKENS) -> NDArray[np.float32]:
+    def embed(self, texts: Iterable[str], *, max_tokens: int | None = None) -> NDArray[np.float32]:
         """Vectors of texts; see `Embedder.embed`."""
         self._refuse("embed")
 
-    def classify(self, texts: Iterable[Item], *, max_tokens: int = MAX_TOKENS) -> list[Classification]:
+    def embed_iter(self, texts: Iterable[str], *, max_tokens: int | None = None) -> Iterator[NDArray[np.float32]]:
+        """Vectors of texts, one after another; see `Embedder.embed_iter`."""
+        self._refuse("embed_iter")
+
+    def classify(self, texts: Iterable[Item], *, max_tokens: int | None = None) -> list[Classification]:
         """Classes of texts; see `Classifier.classify`."""
         self._refuse("classify")
 
-    def tag(self, texts: Iterable[str], *, max_tokens: int = MAX_TOKENS) -> list[list[Entity]]:
+    def tag(self, texts: Iterable[str], *, max_tokens: int | None = None) -> list[list[Entity]]:
         """Entities in texts; see `Tagger.tag`."""
         self._refuse("tag")
 
@@ -130,7 +114,7 @@ class Task(ABC):
         *,
         no_answer: bool = False,
         max_answer_tokens: int = 15,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> Answer:
         """The answer in a context; see `Answerer.answer`."""
         self._refuse("answer")
@@ -140,12 +124,26 @@ class Task(ABC):
         self._refuse("fill")
 
     @abstractmethod
-    def rows(self, records: Sequence[Record], *, max_tokens: int = MAX_TOKENS) -> list[dict[str, object]]:
+    def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """Results for `hasten run`, one JSON-ready object a record, in order.
 
         Raises:
             DataError: A record lacks a field, or a field is of the wrong type.
         """
+
+    def _opened(self) -> SessionPool:
+        if self._pool is None:
+            raise UsageError("the model was closed", "Load it again")
+        return self._pool
+
+    def _run(self, runner: Runner, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
+        self._opened()
+        unknown = sorted(set(feeds) - set(self._specs))
+        missing = sorted(set(self._specs) - set(feeds))
+        if unknown or missing:
+            wrong = f"unknown input {unknown[0]!r}" if unknown else f"input {missing[0]!r} is missing"
+            raise UsageError(wrong, f"The graph takes {', '.join(self._specs)}")
+        return runner.run({name: _convert(value, self._specs[name]) for name, value in feeds.items()})
 
     def _refuse(self, asked: str) -> NoReturn:
         raise UsageError(f"this is a {self.bundle.manifest.task} model: it has no .{asked}()", f"Use .{self.method}")
@@ -174,6 +172,27 @@ class TextTask(Task):
             raise BundleError(f"{bundle.path} has no text processor", "Compile the model again, or use .run(feeds)")
         self.processor = processor
         self.encoder = TextEncoder(processor, bundle.path / processor.tokenizer, tuple(self._specs))
+
+    def _batches(
+        self, items: Iterable[Item], *, max_tokens: int | None = None, offsets: bool = False
+    ) -> Iterator[tuple[Batch, Arrays]]:
+        """Batches of the items with what the graph makes of them, in any order: `Batch.indices` says of which items.
+
+        A chunk of the items is tokenized while the one before it runs, and a long input runs in lanes; see
+        `SessionPool`. Memory does not grow with the number of items.
+
+        Raises:
+            UsageError: ``max_tokens`` < 1, or the model was closed.
+            BundleError: The tokenizer fails.
+            ProviderError: ONNX Runtime failed.
+        """
+        tokens = self._opened().max_tokens if max_tokens is None else max_tokens
+        prepare = partial(self.encoder.prepare, max_tokens=tokens, offsets=offsets)
+        return self._flow(ahead(prepare, self.encoder.chunks(items)))
+
+    def _flow(self, chunks: Iterable[Sequence[Batch]]) -> Iterator[tuple[Batch, Arrays]]:
+        """As `_batches`, for batches already made."""
+        return flow(chunks, self._opened(), lambda runner, batch: self._run(runner, batch.feeds))
 
     def label(self, index: int) -> str:
         """Name of a class; LABEL_i where the manifest names none."""

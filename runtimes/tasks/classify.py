@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..text import MAX_TOKENS, Item, check_texts
+from ..items import Item, check_texts
 from .base import Record, TextTask, text_field
 from .numbers import class_scores
 
@@ -39,7 +39,7 @@ class Classifier(TextTask):
     task: ClassVar[str] = "text-classification"
     method: ClassVar[str] = "classify(texts)"
 
-    def classify(self, texts: Iterable[Item], *, max_tokens: int = MAX_TOKENS) -> list[Classification]:
+    def classify(self, texts: Iterable[Item], *, max_tokens: int | None = None) -> list[Classification]:
         """The class of each text, in the order given.
 
         Scores are the softmax over the classes; a sigmoid a class for multi-label models and models of one class; the
@@ -47,7 +47,7 @@ class Classifier(TextTask):
 
         Args:
             texts: The texts; (text, text) for models of pairs, such as entailment. Long ones are truncated.
-            max_tokens: Padded tokens a batch.
+            max_tokens: Padded tokens a batch; None: as many as suit this machine.
 
         Raises:
             UsageError: ``texts`` is a single str, or an element is not a text.
@@ -55,12 +55,12 @@ class Classifier(TextTask):
         """
         items = check_texts(texts, method="classify", pairs=True)
         results: dict[int, Classification] = {}
-        for batch in self.encoder.batches(items, max_tokens=max_tokens):
-            scores = class_scores(self._output(self.run(batch.feeds), "logits"), self.processor.problem)
+        for batch, outputs in self._batches(items, max_tokens=max_tokens):
+            scores = class_scores(self._output(outputs, "logits"), self.processor.problem)
             results.update(zip(batch.indices, map(self._result, scores), strict=True))
         return [results[index] for index in range(len(items))]
 
-    def rows(self, records: Sequence[Record], *, max_tokens: int = MAX_TOKENS) -> list[dict[str, object]]:
+    def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """A `Classification` for each ``text``, or ``text`` and ``text_pair``."""
         items: list[Item] = [
             (text_field(record, "text"), text_field(record, "text_pair"))

@@ -10,7 +10,8 @@ import numpy as np
 
 from artifacts.errors import DataError, UsageError
 
-from ..text import MAX_TOKENS, Int64, Tokens, check_text
+from ..items import check_text
+from ..text import Int64, Tokens
 from .base import Record, TextTask, text_field
 from .numbers import Floats, softmax
 
@@ -72,7 +73,7 @@ class Filler(TextTask):
         logits = self._output(self.run(batch.feeds), "logits")[0]
         return list(self._fillings(row, masks, logits, top_k))
 
-    def rows(self, records: Sequence[Record], *, max_tokens: int = MAX_TOKENS) -> list[dict[str, object]]:
+    def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """``{"fillings": [...]}`` for each ``text``; a record may say how many in ``top_k``."""
         rows: list[dict[str, object]] = []
         for record in records:

@@ -10,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..text import MAX_TOKENS, Tokens, check_texts
+from ..items import check_texts
+from ..text import Tokens
 from .base import Record, TextTask, text_field
 from .numbers import softmax
 
@@ -44,7 +45,7 @@ class Tagger(TextTask):
     task: ClassVar[str] = "token-classification"
     method: ClassVar[str] = "tag(texts)"
 
-    def tag(self, texts: Iterable[str], *, max_tokens: int = MAX_TOKENS) -> list[list[Entity]]:
+    def tag(self, texts: Iterable[str], *, max_tokens: int | None = None) -> list[list[Entity]]:
         """The entities of each text in reading order, texts in the order given.
 
         Neighbouring tokens of one label make one entity, a B- label starts another; tokens labelled O are left out: the
@@ -53,7 +54,7 @@ class Tagger(TextTask):
 
         Args:
             texts: The texts. A long one is truncated to the model's ``max_length`` tokens.
-            max_tokens: Padded tokens a batch.
+            max_tokens: Padded tokens a batch; None: as many as suit this machine.
 
         Raises:
             UsageError: ``texts`` is a single str, or an element is not a str.
@@ -61,13 +62,13 @@ class Tagger(TextTask):
         """
         items = [str(item) for item in check_texts(texts, method="tag")]
         results: dict[int, list[Entity]] = {}
-        for batch in self.encoder.batches(items, max_tokens=max_tokens, offsets=True):
-            logits = self._output(self.run(batch.feeds), "logits")
+        for batch, outputs in self._batches(items, max_tokens=max_tokens, offsets=True):
+            logits = self._output(outputs, "logits")
             for index, row, scores in zip(batch.indices, batch.rows, softmax(logits), strict=True):
                 results[index] = self._entities(items[index], row, scores[: len(row)])
         return [results[index] for index in range(len(items))]
 
-    def rows(self, records: Sequence[Record], *, max_tokens: int = MAX_TOKENS) -> list[dict[str, object]]:
+    def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """``{"entities": [...]}`` for each ``text``."""
         found = self.tag([text_field(record, "text") for record in records], max_tokens=max_tokens)
         return [{"entities": [entity.to_dict() for entity in entities]} for entities in found]

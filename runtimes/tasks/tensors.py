@@ -9,7 +9,6 @@ import numpy as np
 
 from artifacts.errors import DataError, UsageError
 
-from ..text import MAX_TOKENS
 from .base import Record, Task
 
 
@@ -18,7 +17,7 @@ class TensorRunner(Task):
 
     task: ClassVar[str] = "tensors"
 
-    def rows(self, records: Sequence[Record], *, max_tokens: int = MAX_TOKENS) -> list[dict[str, object]]:
+    def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """Records are objects of nested lists by input name; results are nested lists by output name."""
         return [self._row(record) for record in records]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from real_command import ROOT, Finished, assert_refused, cold, is_progress, listing, warm
+from real_command import ROOT, Finished, assert_refused, cold, is_progress, listing, ok, warm
 
 from artifacts.bundle import open_bundle
 from runtimes.providers import probe
@@ -18,12 +18,6 @@ from runtimes.providers import probe
 Sources = dict[str, Path]
 BundleOf = Callable[[str], tuple[Path, Finished]]
 TEXTS = ["the man is playing guitar", "a dog runs in the park", "where is London ?", "good"]
-
-
-def ok(done: Finished) -> Finished:
-    assert done.code == 0, (done.code, done.err)
-    assert "Traceback" not in done.err
-    return done
 
 
 def rows_of(done: Finished) -> list[dict[str, object]]:

@@ -47,6 +47,17 @@ def test_large_tensors_get_a_file_each_and_small_ones_stay(tmp_path: Path) -> No
     np.testing.assert_allclose(run(saved.path), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_small_tensors_of_a_source_with_a_data_file_come_along(tmp_path: Path) -> None:
+    made = model()
+    expected = next(iter(evaluate(made, FEEDS).values()))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "out").mkdir()
+    ir.save(made, tmp_path / "source" / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    saved = GraphFolder(tmp_path / "out").save(ir.load(tmp_path / "source" / "m.onnx"))
+    assert len(saved.weights) == 2
+    assert np.array_equal(run(saved.path), expected)
+
+
 def test_equal_tensors_are_one_file_and_other_graphs_share_it(tmp_path: Path) -> None:
     folder = GraphFolder(tmp_path)
     first = folder.save(model(twice=True))

@@ -54,8 +54,9 @@ def test_the_way_it_is_cut_into_batches_changes_nothing() -> None:
     np.testing.assert_allclose(whole.mean, pieces.mean, rtol=0, atol=3000 * 1e4 * 2.3e-16)
 
 
-def test_a_histogram_that_grew_is_the_histogram_of_its_final_reach() -> None:
-    sizes = np.repeat(np.array([1e-9, 1.0, 1e6], np.float32), 500)[:, None]
+@pytest.mark.parametrize("last", [1e6, 1e36])
+def test_a_histogram_that_grew_is_the_histogram_of_its_final_reach(last: float) -> None:
+    sizes = np.repeat(np.array([1e-15, 1.0, last], np.float32), 500)[:, None]
     data = random(3, 1500, 4) * sizes
     found = seen(*np.split(data, 30))
     np.testing.assert_array_equal(found.histogram, oracle_histogram(data, found.reach))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +173,66 @@ def test_one_text_instead_of_a_list_is_refused(models: dict[str, Task]) -> None:
         if method in ("embed", "classify", "tag"):
             with pytest.raises(UsageError, match=rf"{method} takes a list of texts, got one str"):
                 getattr(models[task], method)("hello")
+
+
+def test_any_iterable_is_embedded(models: dict[str, Task]) -> None:
+    model = models["feature-extraction"]
+    wanted = model.embed(ODD)
+    for texts in (tuple(ODD), iter(ODD), (text for text in ODD), dict.fromkeys(ODD).keys(), np.array(ODD, object)):
+        np.testing.assert_array_equal(model.embed(texts), wanted)
+
+
+def test_vectors_one_after_another_are_those_of_the_list(models: dict[str, Task]) -> None:
+    model = models["feature-extraction"]
+    texts = ODD * 300  # several chunks
+    vectors = list(model.embed_iter(iter(texts), max_tokens=64))
+    np.testing.assert_allclose(np.stack(vectors), model.embed(texts), rtol=0, atol=1e-6)
+    assert all(vector.base is None and vector.dtype == np.float32 for vector in vectors)
+    assert list(model.embed_iter([])) == []
+
+
+def test_an_endless_generator_is_embedded_at_constant_memory(models: dict[str, Task]) -> None:
+    read = itertools.count()
+    vectors = models["feature-extraction"].embed_iter(
+        f"cat {'dog ' * (number % 9)}" for number in iter(lambda: next(read), -1)
+    )
+    for taken in range(1, 20_001):
+        assert next(vectors).shape == (WIDTH,)
+        if taken % 5000 == 0:
+            # At most: the chunk being yielded, the one being tokenized, and the one read.
+            assert next(read) - taken < 3 * 4096
+    vectors.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("hasten")]
+
+
+def test_wrong_use_of_a_stream_is_told_at_once_or_when_it_is_read(models: dict[str, Task]) -> None:
+    model = models["feature-extraction"]
+    with pytest.raises(UsageError, match="embed_iter takes a list of texts, got one str"):
+        model.embed_iter("hello")
+    with pytest.raises(UsageError, match="max_tokens is 0"):
+        list(model.embed_iter(["a"], max_tokens=0))
+    with pytest.raises(UsageError, match="embed_iter: element 2 is int"):
+        list(model.embed_iter(["a", "b", 3]))  # type: ignore[list-item]
+    with pytest.raises(UsageError, match=r"no \.embed_iter\(\)\. Use \.classify"):
+        models["text-classification"].embed_iter(["a"])
+
+
+def test_what_the_texts_raise_reaches_the_caller(models: dict[str, Task]) -> None:
+    def texts() -> Iterator[str]:
+        yield from ["a"] * 3000
+        raise OSError("the disk is gone")
+
+    for method in ("embed", "embed_iter"):
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(getattr(models["feature-extraction"], method)(texts()))
+
+
+def test_several_threads_share_a_model(models: dict[str, Task]) -> None:
+    model = models["feature-extraction"]
+    wanted = model.embed(ODD * 200)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(model.embed, [ODD * 200] * 8):
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
 
 
 # --- classify

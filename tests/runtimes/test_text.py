@@ -14,7 +14,9 @@ from task_builders import bytelevel, minilm_tokenizer, processor, wordlevel, wor
 from tokenizers import Tokenizer, models
 
 from artifacts.errors import BundleError, UsageError
-from runtimes.text import MADE, MAX_TOKENS, TextEncoder, check_text, check_texts, pad
+from runtimes.items import check_text, check_texts
+from runtimes.settings import MAX_TOKENS
+from runtimes.text import MADE, TextEncoder, pad
 
 PROSE = "It was the best of times, it was the worst of times; the epoch of belief and of incredulity. "
 
