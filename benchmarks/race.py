@@ -106,7 +106,10 @@ class Result:
 
 
 class Race:
-    """Run with `run`; what came of it is in ``results``, and who fell out and why in ``failed``."""
+    """Run with `run`; what came of it is in ``results``, and who fell out and why in ``failed``.
+
+    What a contender did before it fell out stays: a peer that crashes late was as fast as it was.
+    """
 
     def __init__(self, contenders: Sequence[Contender], plan: Plan, texts: Texts, work: Path) -> None:
         self.results: dict[str, Result] = {}
@@ -180,7 +183,6 @@ class Race:
         print(f"{name} is out: {error}", flush=True)
         self.failed[name] = str(error)
         self._contenders.pop(name, None)
-        self.results.pop(name, None)
 
     def _shapes(self, peers: dict[str, Peer]) -> None:
         for turn in range(-1, self._plan.rounds):  # turn -1: settings are tried, nothing is kept

@@ -28,10 +28,10 @@ class Embedder(TextTask):
         Pooling and normalisation are part of the graph. A graph that gives token vectors only (``last_hidden_state``)
         is pooled here by the mean over the attended tokens.
 
-        A vector depends on the texts that it is batched with by rounding only: over STS-B, float32 changes by 6e-8,
-        bfloat16 by 7e-4 (cosine 0.99999), static int8 by a step of its scale at most. Dynamic int8 takes its scales from
-        the whole batch: a text embedded alone and in company has a cosine of 0.993 on average, 0.978 at least, which is
-        no more than its distance from float32.
+        A vector depends on the texts it is batched with by rounding only: over STS-B, float32 changes by 6e-8, bfloat16
+        by 7e-4 (cosine 0.99999), static int8 by a step of its scale at most. Dynamic int8 takes its scales from the
+        whole batch: alone and in company a text has vectors of cosine 0.993 on average, 0.978 at least, on average as
+        far apart as they are from float32.
 
         Args:
             texts: The texts, in any iterable. A long one is truncated to the model's ``max_length`` tokens.

@@ -69,7 +69,7 @@ def race(tmp_path_factory: pytest.TempPathFactory) -> Race:
 
 
 def test_every_round_of_every_start_is_kept(race: Race) -> None:
-    assert set(race.results) == {"hasten cpu", "fast", "slow"}
+    assert set(race.results) == {"hasten cpu", "fast", "slow", "dies"}
     for name, pause in (("hasten cpu", 3.0), ("fast", 6.0), ("slow", 30.0)):
         result = race.results[name]
         assert list(result.ms) == [f"{batch}x{length}" for batch, length in SHAPES]
@@ -89,6 +89,8 @@ def test_who_falls_out_says_why(race: Race) -> None:
     assert set(race.failed) == {"broken", "dies", "gone"}
     assert "no setting works" in race.failed["broken"]
     assert "ended with exit code 3" in race.failed["dies"]
+    assert race.results["dies"].chosen == {"1x32": ["asleep"], "1x128": ["asleep"]}
+    assert race.results["dies"].ms == {}
     assert "was not found" in race.failed["gone"]
 
 

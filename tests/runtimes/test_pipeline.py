@@ -169,7 +169,8 @@ EXIT = """
 import itertools, sys, time
 sys.path.insert(0, {root!r})
 from runtimes.pipeline import ahead, in_lanes
-kept = [ahead(lambda n: time.sleep(0.05) or n, itertools.count()), in_lanes(lambda n: time.sleep(0.05), itertools.count(), 2)]
+work = lambda number: time.sleep(0.05) or str(number)
+kept = [ahead(work, itertools.count()), in_lanes(work, itertools.count(), 2)]
 print([next(one) is not None for one in kept])
 {how}
 """

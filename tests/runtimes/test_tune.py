@@ -130,7 +130,7 @@ def test_threads_that_were_asked_for_stay(bundle: Bundle) -> None:
 
 @pytest.mark.usefixtures("races")
 def test_tensors_have_no_lanes(make_bundle, recipe) -> None:
-    best, trials = tune.tune(make_bundle({"only": recipe(linear)}), "only", CPU_PROVIDER, "cpu", 2, seconds=60.0)
+    _, trials = tune.tune(make_bundle({"only": recipe(linear)}), "only", CPU_PROVIDER, "cpu", 2, seconds=60.0)
     assert [trial.change for trial in trials] == ["no spinning", "no arena"]
 
 
