@@ -137,9 +137,9 @@ def compile_model_with(
         workshop = Workshop(
             evidence, calibrator.observe, folder, options.threads or 0, reproducer, announce, exported.model, probes
         )
-        variants = _variants(workshop, recipe, plan, targets, options)
-        if plan is not None and plan.calibration != calibrator.used:
+        if plan is not None and plan.calibration and plan.calibration != calibrator.digest(exported.model):
             raise UsageError("the plan was calibrated on other data", "Pass the same --data, or compile without --plan")
+        variants = _variants(workshop, recipe, plan, targets, options)
         bundle = _write(writer, found, exported, evidence, variants, options, calibrator.used)
     return Compiled(bundle, _notes(exported, evidence, variants))
 

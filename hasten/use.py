@@ -38,7 +38,7 @@ def machine_options(command: Any) -> Any:
 @click.option("-i", "--input", "source", type=click.Path(path_type=Path), help="Read texts or jsonl records from here.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write jsonl here, complete or not at all.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Padded tokens a batch."
+    "--max-tokens", type=click.IntRange(min=1), help="Padded tokens a batch.  [default: what suits this machine]"
 )
 @click.option("--explain", is_flag=True, help="Say on standard error which variant and provider run, and why.")
 @machine_options
@@ -47,7 +47,7 @@ def run_command(
     texts: tuple[str, ...],
     source: Path | None,
     output: Path | None,
-    max_tokens: int,
+    max_tokens: int | None,
     explain: bool,
     device: str | None,
     provider: str | None,
@@ -73,7 +73,7 @@ def run_command(
         records = (
             enumerate(texts, 1) if texts else read_records(stream or sys.stdin.buffer, name=str(source or "stdin"))
         )
-        chunk = 256 if texts or source is not None else 1
+        chunk = 2048 if texts or source is not None else 1
         name = "argument" if texts else str(source or "stdin")
         rows = run_records(model, records, name=name, max_tokens=max_tokens, chunk=chunk)
         try:

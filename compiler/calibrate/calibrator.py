@@ -89,8 +89,16 @@ class Calibrator:
 
     @property
     def used(self) -> str:
-        """Digest of the data, if anything was observed; else empty."""
+        """Digest of the data, if anything was asked of it; else empty."""
         return next((found.digest for found in self._surveys.values()), "")
+
+    def digest(self, model: ir.Model) -> str:
+        """Digest of the data, held to what the graph takes.
+
+        Raises:
+            DataError: The data does not fit the graph, or an input is not finite.
+        """
+        return self._survey(model).digest
 
     def _pass(
         self, model: ir.Model, values: Sequence[ir.Value], group: Group, footprint: Footprint, progress: _Progress

@@ -328,8 +328,8 @@ def test_recipes(place: Path, tmp_path: Path, mlp: Path, recipe: str | None, say
         ('id = "', 'id = "../../'),
         ('optimization_level = "all"', 'optimization_level = "frob"'),
         ("tolerance = ", "tolerance = -"),
-        ("schema = 1", "schema = 2"),
-        ("schema = 1", "schema = 1\nfrob = 1"),
+        ("schema = 2", "schema = 1"),
+        ("schema = 2", "schema = 2\nfrob = 1"),
         ("[[variant]]", "[[frob]]"),
     ],
 )

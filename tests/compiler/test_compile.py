@@ -16,6 +16,7 @@ from compiler.compile import CompileOptions, compile_model, compile_model_with
 from compiler.plan import load_plan
 from passes.base import Context, Outcome
 from passes.quantize import DynamicInt8
+from runtimes.providers import probe
 
 TASK = "feature-extraction"
 QUICK = """schema = 1
@@ -58,12 +59,29 @@ def test_a_plan_makes_the_same_bytes(encoder_bundle: Bundle, encoder_file: Path,
     other = tmp_path / "elsewhere" / "encoder.onnx"
     shutil.copytree(encoder_file.parent, other.parent)
     with faster(0.5, proof=0.9):
-        again = compile_model(other, tmp_path / "again", plan=str(encoder_bundle.path), seed=3, recipe="safe")
+        options = {"plan": str(encoder_bundle.path), "seed": 3, "recipe": "safe", "unproven": True}
+        again = compile_model(other, tmp_path / "again", **options)
     assert content(again) == content(encoder_bundle)
     assert again.digest == encoder_bundle.digest
     assert load_plan(again.path) == load_plan(encoder_bundle.path)
     plan = load_plan(encoder_bundle.path)
     assert plan.variants[0].session.disabled_optimizers, "the plan holds session options too"
+
+
+def test_a_plan_calibrated_on_other_data_is_refused(encoder_bundle: Bundle, encoder_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("the cat\na dog\nthe man is here\na woman\n")
+    options = {"plan": encoder_bundle.path, "data": tmp_path / "other.txt", "unproven": True, "max_drop": 0.5}
+    with pytest.raises(UsageError, match="calibrated on other data"):
+        compile_model(encoder_file, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_does_not_work_here_is_compiled_only_when_asked(encoder_file: Path, tmp_path: Path) -> None:
+    if probe("cuda").ok:
+        pytest.skip("a GPU is here")
+    with pytest.raises(ProviderError, match="the target cuda does not work here.*--unproven"):
+        compile_model(encoder_file, tmp_path / "out", task=TASK, targets=("cpu", "cuda"))
+    assert leftovers(tmp_path) == []
 
 
 def test_a_plan_of_another_model_or_task_is_refused(encoder_bundle: Bundle, encoder_file: Path, tmp_path: Path) -> None:
@@ -74,11 +92,11 @@ def test_a_plan_of_another_model_or_task_is_refused(encoder_bundle: Bundle, enco
     ir.save(model, tmp_path / "other" / "encoder.onnx")
     plan = encoder_bundle.path / "plan.toml"
     with pytest.raises(UsageError, match="the plan was made for another model"):
-        compile_model(tmp_path / "other" / "encoder.onnx", tmp_path / "out", plan=plan)
+        compile_model(tmp_path / "other" / "encoder.onnx", tmp_path / "out", plan=plan, unproven=True)
     other = tmp_path / "plan.toml"
     other.write_text(plan.read_text().replace('task = "feature-extraction"', 'task = "fill-mask"'))
     with pytest.raises(UsageError, match="the plan was made for fill-mask, and this is feature-extraction"):
-        compile_model(encoder_file, tmp_path / "out", plan=other, task=TASK)
+        compile_model(encoder_file, tmp_path / "out", plan=other, task=TASK, unproven=True)
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path / "out") == []
 

@@ -14,6 +14,7 @@ from session_graphs import WIDTH, linear, weight
 from artifacts.errors import ProviderError
 from artifacts.manifest import SessionOptions
 from artifacts.target import CPU, CPU_PROVIDER
+from compiler.calibrate import tensor_batches
 from compiler.candidate import Candidate, Trial, Verdict
 from compiler.evidence import Evidence
 from compiler.graphs import SavedGraph
@@ -229,6 +230,7 @@ def tensors(path: Path) -> tuple[Candidate, Evidence]:
         Budget("relative_l2", 0.01),
         ({"x": x},),
         {},
+        tensor_batches([{"x": x}]),
     )
     graph = SavedGraph(path, (), path.stat().st_size)
     return Candidate(model, graph, Pipeline(), SessionOptions(), rounding_tolerance(model)), evidence

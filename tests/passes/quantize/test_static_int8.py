@@ -488,7 +488,7 @@ def test_options_that_mean_nothing_are_refused(text):
 
 
 @pytest.mark.skipif(find_spec("onnxruntime_ep_openvino") is None, reason="the OpenVINO plugin is not installed")
-@pytest.mark.parametrize("options", [WHOLE, StaticInt8()], ids=str)
+@pytest.mark.parametrize("options", [WHOLE, StaticInt8("mse")], ids=str)
 def test_openvino_computes_what_the_oracle_says(options, tmp_path):
     from runtimes.session import Session
 
