@@ -79,7 +79,7 @@ def test_a_plan_calibrated_on_other_data_is_refused(encoder_bundle: Bundle, enco
 def test_a_target_that_does_not_work_here_is_compiled_only_when_asked(encoder_file: Path, tmp_path: Path) -> None:
     if probe("cuda").ok:
         pytest.skip("a GPU is here")
-    with pytest.raises(ProviderError, match="the target cuda does not work here.*--unproven"):
+    with pytest.raises(ProviderError, match=r"the target cuda does not work here.*--unproven"):
         compile_model(encoder_file, tmp_path / "out", task=TASK, targets=("cpu", "cuda"))
     assert leftovers(tmp_path) == []
 
