@@ -28,7 +28,7 @@ from .lone import Floats, lone_model, rewritten
 SMALLEST_SIDE = 16
 """Sites with a shorter side stay as they are: no form gains there."""
 _LEAD = 1.1
-"""How much faster a form must be than one listed before it: figures of one operator vary by as much on a busy machine."""
+"""How much faster a form must be than one listed before it: on a busy machine, figures of one operator vary as much."""
 _ALONE = 1.5
 """How much faster float32 must be than the best form. Alone, an operator pays for quantizing its input and for floats
 coming out; in a graph, neighbours share the one and spare the other. The graph as a whole is timed later."""
