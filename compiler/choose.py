@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +18,8 @@ from artifacts.manifest import SessionOptions
 from artifacts.target import CPU_PROVIDER
 from passes.base import Context, Pass
 from passes.pipeline import Pipeline
-from passes.sites import LinearSite, constant_of, linear_sites
+from passes.quantize.linear import weight_of
+from passes.sites import LinearSite, linear_sites
 from passes.surgery import needed
 from runtimes.session import Session
 
@@ -74,7 +75,7 @@ def patterns(paths: Sequence[str], among: Mapping[str, object]) -> tuple[str, ..
     return tuple(found)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Chooser:
     """Chooses for one target.
 
@@ -85,7 +86,6 @@ class Chooser:
 
     context: Context
     costs: CostBase | None
-    _damage: dict[tuple[str, Pass], float] = field(default_factory=dict, init=False)
 
     def assign(self, model: ir.Model, forms: Sequence[Pass], precision: str) -> Assignment:
         """The fastest form of each linear operator, the earlier one where two are within 10 %; none where all are slow.
@@ -127,17 +127,12 @@ class Chooser:
 
     def _damage_of(self, site: LinearSite, form: Pass, sample: Floats) -> float:
         """Relative squared error of the operator's outputs on a sample of its inputs ``[rows, K]``."""
-        key = (site.path, form)
-        if key not in self._damage:
-            tensor = needed(site.weight).const_value
-            weight = (constant_of(site.weight) or tensor).numpy()  # type: ignore[union-attr]  # sites have one
-            weight = np.ascontiguousarray(weight.T if site.transposed else weight, dtype=np.float32)
-            exact = sample @ weight
-            lone = lone_model(weight, np.zeros(weight.shape[1], np.float32))
-            model = rewritten(lone, form, self.context.target, sample)
-            got = exact if model is None else _run(model, sample)
-            self._damage[key] = float(np.square(got - exact).sum() / max(float(np.square(exact).sum()), 1e-30))
-        return self._damage[key]
+        weight = weight_of(site)
+        exact = sample @ weight
+        lone = lone_model(weight, np.zeros(weight.shape[1], np.float32))
+        model = rewritten(lone, form, self.context.target, sample)
+        got = exact if model is None else _run(model, sample)
+        return float(np.square(got - exact).sum() / max(float(np.square(exact).sum()), 1e-30))
 
 
 def _sites(model: ir.Model) -> list[LinearSite]:

@@ -98,7 +98,9 @@ class Search:
         return verdict.candidate
 
     def _first(self, best: Candidate, alternatives: Stage) -> Candidate:
-        """The first alternative that stands; else the last one without what costs most quality; else ``best``."""
+        """The first alternative that stands; else what is left of the last one: without the operators that cost most
+        quality where it missed the budget, or those of its passes that stand by themselves; else ``best``.
+        """
         for stage in alternatives:
             self.announce(_label(stage))
             pipeline, assignment = self._assigned(best, stage)

@@ -73,7 +73,11 @@ class Size(click.ParamType[int]):
 @click.option("--task", help="What the model does; by default what its architecture says.")
 @click.option("--pooling", type=click.Choice(["mean", "cls", "max", "none"]), help="How token vectors become one.")
 @click.option("--name", help="Name of the model in the bundle.")
-@click.option("--data", type=click.Path(path_type=Path), help="Texts to judge fidelity on: jsonl, csv, tsv or txt.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Examples to calibrate with and to judge by: jsonl, csv, tsv, txt; npz for tensors.",
+)
 @click.option("--columns", help="Columns of --data, by name or number: text=0,pair=1,label=2.")
 @click.option("--max-drop", type=Percentage(), help="Largest loss of quality allowed.  [default: 1%]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the held-out sample.")
