@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,17 +61,29 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of about the same length, padded to one shape.
+    """Inputs of about the same length, padded to one shape; of equal inputs one, computed for all.
 
     Attributes:
         indices: Where each row stands in the list given.
         rows: The tokens of each row, without padding.
         feeds: Graph inputs by name, int64 [rows, longest row], C-contiguous.
+        twins: (row, place) of the further places at which the input of a row stands.
     """
 
     indices: tuple[int, ...]
     rows: tuple[Tokens, ...]
     feeds: dict[str, Int64]
+    twins: tuple[tuple[int, int], ...] = ()
+
+    def spread(self, outputs: dict[str, NDArray[Any]]) -> tuple[Batch, dict[str, NDArray[Any]]]:
+        """Batch and outputs, arrays of a row each, with a row for every place."""
+        if not self.twins:
+            return self, outputs
+        sources = [*range(len(self.rows)), *(row for row, _ in self.twins)]
+        indices = (*self.indices, *(place for _, place in self.twins))
+        feeds = {name: array[sources] for name, array in self.feeds.items()}
+        batch = Batch(indices, tuple(self.rows[source] for source in sources), feeds)
+        return batch, {name: array[sources] for name, array in outputs.items()}
 
 
 class Chunk(NamedTuple):
@@ -221,27 +233,34 @@ class TextEncoder:
     def prepare(self, chunk: Chunk, *, max_tokens: int = MAX_TOKENS, offsets: bool = False) -> list[Batch]:
         """The batches of a chunk, the longest rows first: memory that ONNX Runtime takes for them does for the rest.
 
+        Equal items, of which real lists hold many, are tokenized and computed once; see `Batch.spread`.
+
         Raises:
             UsageError: ``max_tokens`` < 1.
             BundleError: The tokenizer fails.
         """
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}", "Pass a positive number of tokens")
-        rows = self.encode(chunk.items, offsets=offsets)
-        return list(self.group(rows, start=chunk.start, max_tokens=max_tokens))[::-1]
+        places: dict[Item, list[int]] = {}
+        for place, item in enumerate(chunk.items, chunk.start):
+            places.setdefault(item, []).append(place)
+        rows = self.encode(list(places), offsets=offsets)
+        return list(self.group(rows, list(places.values()), max_tokens=max_tokens))[::-1]
 
-    def group(self, rows: Sequence[Tokens], *, start: int = 0, max_tokens: int = MAX_TOKENS) -> Iterator[Batch]:
-        """Batches of rows already tokenized, shortest first; ``start`` is added to the indices."""
+    def group(
+        self, rows: Sequence[Tokens], places: Sequence[Sequence[int]], *, max_tokens: int = MAX_TOKENS
+    ) -> Iterator[Batch]:
+        """Batches of rows already tokenized, shortest first; ``places`` says where each stands, once at least."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
         taken: list[int] = []
         for index in order:
             # Ascending order: the next row is the longest so far and sets the width.
             if taken and (len(taken) + 1) * max(1, len(rows[index])) > max_tokens:
-                yield self._batch(taken, rows, start)
+                yield self._batch(taken, rows, places)
                 taken = []
             taken.append(index)
         if taken:
-            yield self._batch(taken, rows, start)
+            yield self._batch(taken, rows, places)
 
     def windows(self, question: str, context: str) -> Iterator[Tokens]:
         """The question with one stretch of the context after another, overlapping, each of at most 384 tokens.
@@ -301,9 +320,11 @@ class TextEncoder:
         tokenizer.enable_truncation(length, stride=stride, strategy=strategy)
         return tokenizer
 
-    def _batch(self, taken: Sequence[int], rows: Sequence[Tokens], start: int) -> Batch:
+    def _batch(self, taken: Sequence[int], rows: Sequence[Tokens], places: Sequence[Sequence[int]]) -> Batch:
         chosen = tuple(rows[index] for index in taken)
-        return Batch(tuple(start + index for index in taken), chosen, pad(chosen, self.inputs, self.processor))
+        twins = tuple((row, place) for row, index in enumerate(taken) for place in places[index][1:])
+        indices = tuple(places[index][0] for index in taken)
+        return Batch(indices, chosen, pad(chosen, self.inputs, self.processor), twins)
 
 
 @contextmanager

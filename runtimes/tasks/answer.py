@@ -116,5 +116,6 @@ class Answerer(TextTask):
         windows = self.encoder.windows(question, context)
         start = 0
         while rows := list(islice(windows, _WINDOWS)):
-            yield list(self.encoder.group(rows, start=start, max_tokens=max_tokens))
+            places = [(start + index,) for index in range(len(rows))]
+            yield list(self.encoder.group(rows, places, max_tokens=max_tokens))
             start += len(rows)

@@ -192,7 +192,8 @@ class TextTask(Task):
 
     def _flow(self, chunks: Iterable[Sequence[Batch]]) -> Iterator[tuple[Batch, Arrays]]:
         """As `_batches`, for batches already made."""
-        return flow(chunks, self._opened(), lambda runner, batch: self._run(runner, batch.feeds))
+        found = flow(chunks, self._opened(), lambda runner, batch: self._run(runner, batch.feeds))
+        return (batch.spread(outputs) for batch, outputs in found)
 
     def label(self, index: int) -> str:
         """Name of a class; LABEL_i where the manifest names none."""

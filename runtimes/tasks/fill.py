@@ -69,7 +69,7 @@ class Filler(TextTask):
             token = self.processor.mask_token
             where = f" in its first {self.processor.max_length} tokens" if token in text else ""
             raise UsageError(f"the text has no mask{where}", f"Write {token} where a token is to be filled in")
-        batch = next(self.encoder.group([row]))
+        batch = next(self.encoder.group([row], [(0,)]))
         logits = self._output(self.run(batch.feeds), "logits")[0]
         return list(self._fillings(row, masks, logits, top_k))
 

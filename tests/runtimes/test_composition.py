@@ -147,7 +147,8 @@ def compositions(folder: Path) -> dict[str, NDArray[np.float32]]:
         shuffled[order] = np.stack(list(model.embed_iter([given[i] for i in order], max_tokens=256)))
         found["shuffled"] = shuffled
     with load(folder, lanes=2, threads=2, cache=False) as model:
-        found["in lanes"] = model.embed(given * 4, max_tokens=64)[: len(given)]
+        others = [f"{text} {number}" for number in range(3) for text in given]
+        found["in lanes"] = model.embed([*given, *others], max_tokens=64)[: len(given)]
         assert "2 lanes are open" in model.explain()
     return found
 

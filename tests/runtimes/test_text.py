@@ -162,9 +162,10 @@ def test_an_empty_encoding_is_one_attended_pad_token(tmp_path: Path) -> None:
 
 def test_batches_hold_at_most_max_tokens_and_every_row_once() -> None:
     rng = np.random.default_rng(1)
-    texts = [" ".join(["hello"] * int(n)) for n in rng.integers(0, 60, 500)]
+    texts = [" ".join(rng.choice(["hello", "world"], n)) for n in rng.integers(0, 60, 500)]
     batches = list(minilm().batches(texts, max_tokens=256))
-    assert sorted(index for batch in batches for index in batch.indices) == list(range(500))
+    places = [place for batch in batches for place in batch.spread({})[0].indices]
+    assert sorted(places) == list(range(500))
     for batch in batches:
         assert batch.feeds["input_ids"].size <= 256
         for index, row, ids in zip(batch.indices, batch.rows, batch.feeds["input_ids"], strict=True):
@@ -344,3 +345,28 @@ def test_the_users_choice_of_parallelism_stands(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     minilm().encode(["a"])
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_equal_items_are_one_row_and_every_place_gets_its_result() -> None:
+    texts = ["hello", "world hello", "hello", "world", "hello", "world hello"]
+    (batch,) = minilm().batches(texts)
+    assert len(batch.rows) == 3
+    assert batch.feeds["input_ids"].shape == (3, 4)
+    spread, outputs = batch.spread({"ids": batch.feeds["input_ids"]})
+    assert sorted(spread.indices) == list(range(6))
+    assert not spread.twins
+    assert np.array_equal(spread.feeds["input_ids"], outputs["ids"])
+    for index, row, ids in zip(spread.indices, spread.rows, outputs["ids"], strict=True):
+        assert ids[: len(row)].tolist() == minilm().tokenizer.encode(texts[index]).ids
+
+
+def test_equal_items_of_different_chunks_are_computed_in_each() -> None:
+    texts = ["hello"] * 600
+    places = [index for batch in minilm().batches(texts) for index in batch.spread({})[0].indices]
+    assert sorted(places) == list(range(600))
+
+
+def test_a_batch_without_equal_items_is_itself() -> None:
+    (batch,) = minilm().batches(["hello", "world"])
+    outputs = {"ids": batch.feeds["input_ids"]}
+    assert batch.spread(outputs) == (batch, outputs)
