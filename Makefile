@@ -26,6 +26,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	MYPYPATH=benchmarks:benchmarks/peers $(BIN)/mypy benchmarks/*.py benchmarks/peers/*.py
 
 fast: $(READY)
 	$(BIN)/pytest -q -m "not slow and not gpu"
