@@ -71,6 +71,15 @@ class RelativePath:
         return path_problem(value)
 
 
+@dataclass(frozen=True)
+class PathOrNone:
+    """As `RelativePath`, or empty: there is no such file."""
+
+    def problem(self, value: str) -> str:
+        """What is wrong with ``value``; empty if nothing is."""
+        return path_problem(value) if value else ""
+
+
 Count = Annotated[int, Between(0, MAX_INTEGER)]
 Measured = Annotated[float, Unbounded()]
 Sha256 = Annotated[str, Matches(r"[0-9a-f]{64}")]

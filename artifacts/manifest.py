@@ -13,11 +13,13 @@ from .constraints import (
     Count,
     Matches,
     OneOf,
+    PathOrNone,
     Sha256,
     path_problem,
     shown,
 )
-from .strict import At, check_schema, decode, encode_document, read_json, require_unique
+from .signature import decoder_problem
+from .strict import At, Omitted, check_schema, decode, encode_document, read_json, require_unique
 
 MANIFEST_NAME = "manifest.json"
 PROOF_NAME = "proof.json"
@@ -27,6 +29,7 @@ TASKS = (
     "token-classification",
     "question-answering",
     "fill-mask",
+    "text-generation",
     "tensors",
 )
 """Tasks of a bundle. All but ``tensors`` take text, and have a processor."""
@@ -41,6 +44,7 @@ WEIGHTS = re.compile(r"weights/([0-9a-f]{64})\.bin")
 """Path of a weights file; the group is the hash of its content."""
 
 _MAX_FILE = 1 << 44
+_ROLE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _MAX_VARIANTS = 256
 
 Name = Annotated[str, Matches(r".{1,256}")]
@@ -160,6 +164,35 @@ class TextProcessor:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How a language model begins, ends and samples a text.
+
+    Attributes:
+        eos: Token ids that end a text; may be empty.
+        bos: Token id that begins a text; -1: none. Whether it is put before a text is the tokenizer's business.
+        chat_template: Path of the Jinja template that makes a prompt of messages; empty: there is none.
+        special: Texts of special tokens for the template, by role (``eos_token``), sorted.
+        temperature: The model's own default, as are those below; in [0, 100], 0 is greedy.
+        top_k: Likeliest tokens that may be sampled; 0: all.
+        top_p: Probability that the tokens sampled from add up to.
+        min_p: Least probability of a token sampled, as a share of the likeliest one's.
+        repetition_penalty: What the logits of tokens already in the text are divided by; in [0.01, 100].
+        sample: Sample; otherwise the likeliest token is taken.
+    """
+
+    eos: tuple[Count, ...]
+    bos: Annotated[int, Between(-1, MAX_INTEGER)]
+    chat_template: Annotated[str, PathOrNone()]
+    special: tuple[tuple[str, str], ...]
+    temperature: Annotated[float, Between(0.0, 100.0)] = 1.0
+    top_k: Annotated[int, Between(0, 1 << 24)] = 0
+    top_p: Annotated[float, Between(0.0, 1.0)] = 1.0
+    min_p: Annotated[float, Between(0.0, 1.0)] = 0.0
+    repetition_penalty: Annotated[float, Between(0.01, 100.0)] = 1.0
+    sample: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the model came from.
 
@@ -190,6 +223,7 @@ class Manifest:
         processor: How texts become tensors; absent for plain tensors.
         variants: At least one.
         files: Every content file but manifest.json itself.
+        generation: How texts are generated; absent for every task but text-generation.
     """
 
     name: Name
@@ -201,6 +235,7 @@ class Manifest:
     processor: TextProcessor | None
     variants: tuple[Variant, ...]
     files: tuple[FileEntry, ...]
+    generation: Annotated[Generation | None, Omitted()] = None
 
     def to_json(self) -> bytes:
         """Canonical bytes of manifest.json: equal manifests give equal bytes."""
@@ -259,6 +294,30 @@ def _check(manifest: Manifest, at: At) -> None:
     elif manifest.processor.tokenizer not in files:
         here = at.field("processor").field("tokenizer")
         raise here.error(f"{shown(manifest.processor.tokenizer)} is not listed in files")
+    _check_generation(manifest, files, at)
+
+
+def _check_generation(manifest: Manifest, files: dict[str, FileEntry], at: At) -> None:
+    generation = manifest.generation
+    if (generation is not None) != (manifest.task == "text-generation"):
+        needs = "needs one" if generation is None else "has none"
+        raise at.field("generation").error(f"the task {manifest.task} {needs}")
+    if generation is None:
+        return
+    if generation.chat_template and generation.chat_template not in files:
+        here = at.field("generation").field("chat_template")
+        raise here.error(f"{shown(generation.chat_template)} is not listed in files")
+    for role, _ in generation.special:
+        if not _ROLE.fullmatch(role):
+            raise at.field("generation").field("special").error(f"{shown(role)} does not match {_ROLE.pattern}")
+    if found := decoder_problem(manifest.inputs, manifest.outputs):
+        raise at.field(found[0]).error(found[1])
+    vocabulary = manifest.outputs[0].shape[2]
+    for key, ids in (("eos", generation.eos), ("bos", (generation.bos,))):
+        for token in ids:
+            if isinstance(vocabulary, int) and token >= vocabulary:
+                here = at.field("generation").field(key)
+                raise here.error(f"{token} is outside a vocabulary of {vocabulary}")
 
 
 def _check_variants(manifest: Manifest, files: dict[str, FileEntry], at: At) -> None:

@@ -8,6 +8,7 @@ A field's type says what JSON may stand there, and ``Annotated`` constraints nar
     T | None                       null, or T
     a dataclass                    an object with exactly its fields as keys
     Annotated[T, constraint]       T, and ``constraint.problem(value)`` is empty
+    Annotated[T | None, Omitted()] T where the key is there; where it is not, None; null is refused
 """
 
 from __future__ import annotations
@@ -33,6 +34,15 @@ MAX_ITEMS = 200_000
 
 _PAIRS = tuple[tuple[str, str], ...]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Omitted:
+    """A field whose key is left out where the value is None."""
+
+    def problem(self, value: object) -> str:
+        """What is wrong with ``value``; empty if nothing is."""
+        return "the key is left out where there is none, not null" if value is None else ""
 
 
 @dataclass(frozen=True)
@@ -123,15 +133,18 @@ def decode(kind: type[T], value: object, at: At) -> T:
     for name in value:
         if name not in hints:
             raise at.error(f"unknown key {shown(name)}")
-    for name in hints:
-        if name not in value:
+    for name, hint in hints.items():
+        if name not in value and not _may_be_omitted(hint):
             raise at.error(f"the key {name!r} is missing")
-    return kind(**{name: _decode(hint, value[name], at.field(name)) for name, hint in hints.items()})
+    return kind(
+        **{name: _decode(hint, value[name], at.field(name)) if name in value else None for name, hint in hints.items()}
+    )
 
 
 def encode(value: object) -> dict[str, object]:
     """The JSON value of an instance of a dataclass; the inverse of `decode`."""
-    return {name: _encode(hint, getattr(value, name)) for name, hint in _hints(type(value)).items()}
+    found = ((name, hint, getattr(value, name)) for name, hint in _hints(type(value)).items())
+    return {name: _encode(hint, held) for name, hint, held in found if held is not None or not _may_be_omitted(hint)}
 
 
 def encode_document(value: object) -> bytes:
@@ -150,6 +163,10 @@ def require_unique(names: Sequence[str], at: At, what: str) -> None:
         if name in seen:
             raise at.item(index).error(f"{what} {shown(name)} stands twice")
         seen.add(name)
+
+
+def _may_be_omitted(hint: Any) -> bool:
+    return get_origin(hint) is Annotated and Omitted() in get_args(hint)[1:]
 
 
 def _read_hints(kind: Any) -> dict[str, Any]:

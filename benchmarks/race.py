@@ -20,6 +20,7 @@ from runtimes.client import Ratio, Timings
 from runtimes.peers import Peer
 
 SHAPES = ((1, 32), (1, 128), (16, 128))
+"""(batch, length) at which encoders are compared."""
 LOAD_SECONDS = 3600.0
 _SETTLE_SECONDS = 0.05
 _WARM_UP_SECONDS = 0.1
@@ -47,6 +48,26 @@ class Contender:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What is asked for in a block: a request of the protocol.
+
+    Attributes:
+        name: As in the results: ``16x128``, ``decode 1``.
+        operation: The request's ``op``.
+        fields: Its other fields; ``seconds``, where a block has them, is the plan's.
+    """
+
+    name: str
+    operation: str
+    fields: Mapping[str, int]
+
+
+ENCODER_MEASURES = tuple(
+    Measure(f"{batch}x{length}", "time", {"batch": batch, "length": length}) for batch, length in SHAPES
+)
+
+
+@dataclass(frozen=True)
 class Plan:
     """How much to measure.
 
@@ -55,12 +76,14 @@ class Plan:
         rounds: Blocks of each contender at each shape, a start.
         seconds: Length of a block.
         text_rounds: Times that all sentences are embedded, a start; 0: never.
+        measures: What a block may be.
     """
 
     restarts: int
     rounds: int
     seconds: float
     text_rounds: int
+    measures: tuple[Measure, ...] = ENCODER_MEASURES
 
 
 @dataclass(frozen=True)
@@ -130,7 +153,7 @@ class Race:
             with ExitStack() as stack:
                 running = {name: self._start(one, stack) for name, one in list(self._contenders.items())}
                 peers = {name: peer for name, peer in running.items() if peer is not None}
-                self._shapes(peers)
+                self._blocks(peers)
                 if self._plan.text_rounds:
                     self._embed(peers)
 
@@ -184,19 +207,18 @@ class Race:
         self.failed[name] = str(error)
         self._contenders.pop(name, None)
 
-    def _shapes(self, peers: dict[str, Peer]) -> None:
+    def _blocks(self, peers: dict[str, Peer]) -> None:
         for turn in range(-1, self._plan.rounds):  # turn -1: settings are tried, nothing is kept
-            for batch, length in SHAPES:
+            for measure in self._plan.measures:
                 seconds = self._plan.seconds if turn >= 0 else _WARM_UP_SECONDS
                 for name in _rotated(list(peers), turn):
-                    self._block(peers, name, (batch, length), seconds, keep=turn >= 0)
+                    self._block(peers, name, measure, seconds, keep=turn >= 0)
 
-    def _block(self, peers: dict[str, Peer], name: str, shape: tuple[int, int], seconds: float, *, keep: bool) -> None:
+    def _block(self, peers: dict[str, Peer], name: str, measure: Measure, seconds: float, *, keep: bool) -> None:
         time.sleep(_SETTLE_SECONDS)
-        key = f"{shape[0]}x{shape[1]}"
-        request = {"batch": shape[0], "length": shape[1], "seconds": seconds}
+        key = measure.name
         try:
-            reply = peers[name].ask("time", request, extra=seconds)
+            reply = peers[name].ask(measure.operation, {**measure.fields, "seconds": seconds}, extra=seconds)
         except HastenError as error:
             peers.pop(name).close()
             self._drop(name, error)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from artifacts.manifest import SessionOptions
 from passes.base import Effect, Outcome, Pass
 from passes.pipeline import Pipeline
+from passes.quantize.weight_only import WeightOnly
 
 from .graphs import GraphFolder, SavedGraph
 
@@ -24,7 +25,7 @@ class Candidate:
         session: How a session loads it.
         tolerance: Relative L2 error against the reference that it may show, here or anywhere.
         error: The error it shows here, on the golden inputs.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``: the narrowest format it computes in.
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8``, ``int4`` or ``int2``: the narrowest format it computes in.
     """
 
     model: ir.Model
@@ -39,7 +40,7 @@ class Candidate:
         """This candidate after passes with these outcomes turned its graph into ``model``."""
         precision = self.precision
         for a_pass, outcome in results:
-            precision = _PRECISIONS.get(a_pass.name, precision) if outcome.changed else precision
+            precision = _narrowed(precision, a_pass) if outcome.changed else precision
         # Also those that changed nothing: they may have annotated shapes that a later pass relied on.
         pipeline = Pipeline((*self.pipeline.passes, *(a_pass for a_pass, _ in results)))
         return replace(self, model=model, graph=folder.save(model), pipeline=pipeline, precision=precision)
@@ -96,10 +97,19 @@ def is_lossy(passes: tuple[Pass, ...]) -> bool:
     return any(a_pass.effect is Effect.LOSSY for a_pass in passes)
 
 
+def _narrowed(precision: str, a_pass: Pass) -> str:
+    """The narrowest format once a pass has acted on a graph of that precision."""
+    if isinstance(a_pass, WeightOnly):
+        known = int(precision.removeprefix("int")) if precision.startswith("int") else a_pass.bits
+        return f"int{min(known, a_pass.bits)}"
+    return _PRECISIONS.get(a_pass.name, precision)
+
+
 _PRECISIONS = {
     "dynamic-int8": "int8",
     "static-int8": "int8",
     "int8-products": "int8",
+    "int8-additions": "int8",
     "weight-int8": "int8",
     "float16": "fp16",
 }

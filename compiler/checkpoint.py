@@ -49,29 +49,38 @@ def check_weights(folder: Path) -> tuple[Path, ...]:
             return (path,)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = _shards(index)
-            for shard in shards:
-                check(shard)
-            return (index, *shards)
+            table = _shards(index)
+            for shard, tensors in table.items():
+                held = check(shard)
+                absent = sorted(tensors - held) if held is not None else []
+                if absent:
+                    raise SourceError(f"{shard} does not hold {absent[0]}, as {index.name} says", _AGAIN)
+            return (index, *table)
     raise SourceError(f"{folder} holds no model.safetensors", "Pass the folder with the weights, or an .onnx file")
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def _shards(index: Path) -> dict[Path, set[str]]:
+    """The shards of an index, sorted, and the tensors that each is said to hold."""
     content = read_json(index)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise SourceError(f"{index} has no weight_map", _AGAIN)
-    names = sorted({str(name) for name in table.values()})
-    for name in names:
+    shards: dict[str, set[str]] = {}
+    for tensor, name in table.items():
+        shards.setdefault(str(name), set()).add(tensor)
+    for name in sorted(shards):
         if Path(name).name != name:
             raise SourceError(f"{index} points outside its folder: {name}", _AGAIN)
         if not (index.parent / name).is_file():
             raise SourceError(f"the weights file {name} that {index.name} lists is missing", _AGAIN)
-    return tuple(index.parent / name for name in names)
+    return {index.parent / name: shards[name] for name in sorted(shards)}
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> set[str]:
     """Hold the header of a safetensors file against the file's size.
+
+    Returns:
+        Names of its tensors.
 
     Raises:
         SourceError: The file is empty, truncated or not safetensors.
@@ -98,6 +107,7 @@ def check_safetensors(path: Path) -> None:
     if expected != size:
         state = "truncated" if size < expected else "longer than its header says"
         raise SourceError(f"{path} is {state}: {expected} bytes expected, {size} found", _AGAIN)
+    return set(header) - {"__metadata__"}
 
 
 def check_torch(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which linear operator takes which form: the fastest by measured cost; where quality misses, the worst give back."""
+"""Which linear operator takes which form: the fastest by measured cost; where quality misses, the worst step back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -35,6 +35,10 @@ _ALONE = 1.5
 coming out; in a graph, neighbours share the one and spare the other. The graph as a whole is timed later."""
 
 
+StepBack = tuple[str, Pass | None]
+"""Module path of an operator, and the gentler form it takes from then on; None: float32."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A form for each linear operator.
@@ -45,9 +49,9 @@ class Assignment:
 
     forms: Mapping[str, Pass | None]
 
-    def without(self, paths: Sequence[str]) -> Assignment:
-        """The same with these operators left as they are."""
-        return Assignment({path: None if path in paths else form for path, form in self.forms.items()})
+    def after(self, steps: Sequence[StepBack]) -> Assignment:
+        """The same once these steps back were taken, in this order."""
+        return Assignment({**self.forms, **dict(steps)})
 
     def pipeline(self, before: Pipeline = Pipeline()) -> Pipeline:  # noqa: B008  # frozen
         """The passes that bring it about, each told the sites it is for; ``before`` runs first."""
@@ -98,20 +102,49 @@ class Chooser:
         chosen = {site.path: self._fastest(site.shape, forms, precision) for site in _sites(model)}
         return Assignment(chosen)
 
-    def ranked(self, model: ir.Model, assignment: Assignment) -> tuple[str, ...]:
-        """Paths of the operators that were given a form, those first whose outputs it damages most."""
+    def steps_back(
+        self, model: ir.Model, assignment: Assignment, forms: Sequence[Pass], precision: str
+    ) -> tuple[StepBack, ...]:
+        """How the operators fall back to float32: those steps first that leave the most damage behind.
+
+        An operator falls to the form that damages its outputs next less, and at last to float32. Of ``forms`` only
+        those count that cost less than float32, and less than what is gentler.
+
+        Raises:
+            ProviderError: The provider does not run a float32 product.
+        """
         sites = {site.path: site for site in _sites(model) if assignment.forms.get(site.path) is not None}
         observe = self.context.observe
         if observe is None:
-            return tuple(sites)
-        values = list(dict.fromkeys(needed(site.node.inputs[0]) for site in sites.values()))
-        seen = observe(model, values)
-        damages: dict[str, float] = {}
+            return tuple((path, None) for path in sites)
+        seen = observe(model, list(dict.fromkeys(needed(site.node.inputs[0]) for site in sites.values())))
+        steps: list[tuple[float, StepBack]] = []
         for path, site in sites.items():
-            form = assignment.forms[path]
             sample = seen[str(needed(site.node.inputs[0]).name)].sample
-            damages[path] = self._damage_of(site, form, sample) if form is not None else 0.0
-        return tuple(sorted(damages, key=lambda path: -damages[path]))
+            ladder = self._ladder(site, assignment.forms[path], self._gains(site.shape, forms, precision), sample)
+            steps += [(damage, (path, gentler)) for (damage, _), (_, gentler) in pairwise(ladder)]
+        return tuple(step for _, step in sorted(steps, key=lambda item: -item[0]))
+
+    def _ladder(
+        self, site: LinearSite, form: Pass | None, gains: Mapping[Pass, float], sample: Floats
+    ) -> list[tuple[float, Pass | None]]:
+        """Damage and form, from the form that a site has to float32."""
+        ladder: list[tuple[float, Pass | None]] = [(0.0, None)]
+        first, least = self._damage_of(site, form, sample), np.inf
+        damages = {other: self._damage_of(site, other, sample) for other in gains if other != form}
+        for other, damage in sorted(damages.items(), key=lambda item: item[1]):
+            if damage < first and gains[other] < least:
+                ladder.insert(0, (damage, other))
+                least = gains[other]
+        return [(first, form), *ladder]
+
+    def _gains(self, shape: tuple[int, int], forms: Sequence[Pass], precision: str) -> dict[Pass, float]:
+        """Mean cost of the forms that cost less than float32; empty where costs are not known."""
+        if self.costs is None:
+            return {}
+        costs = self.costs.milliseconds((*forms, None), shape, precision)
+        means = {form: geometric_mean(costs[form]) for form in forms if form in costs}
+        return {form: mean for form, mean in means.items() if mean < geometric_mean(costs[None])}
 
     def _fastest(self, shape: tuple[int, int], forms: Sequence[Pass], precision: str) -> Pass | None:
         if self.costs is None:
@@ -125,7 +158,7 @@ class Chooser:
                 best, least = form, mean
         return best if least < _ALONE * geometric_mean(costs[None]) else None
 
-    def _damage_of(self, site: LinearSite, form: Pass, sample: Floats) -> float:
+    def _damage_of(self, site: LinearSite, form: Pass | None, sample: Floats) -> float:
         """Relative squared error of the operator's outputs on a sample of its inputs ``[rows, K]``."""
         weight = weight_of(site)
         exact = sample @ weight

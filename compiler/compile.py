@@ -10,10 +10,10 @@ from pathlib import Path
 
 from artifacts.bundle import Bundle, BundleWriter
 from artifacts.constraints import printable
-from artifacts.errors import ProviderError, UsageError
+from artifacts.errors import ProviderError, UnsupportedError, UsageError
 from artifacts.manifest import Manifest, Source
 from artifacts.proof import Proof
-from artifacts.target import CPU_PROVIDER, TARGETS, Target
+from artifacts.target import CPU, CPU_PROVIDER, CUDA, TARGETS, Target
 from runtimes.bench import REFERENCE
 from runtimes.providers import Probe, probe
 
@@ -26,12 +26,28 @@ from .plan import Plan, load_plan
 from .recipe import Recipe, load_recipe
 from .report import render
 from .source import ModelSource, read_source
-from .tasks import TENSORS
+from .tasks import GENERATION, TENSORS
 from .tensor_data import TensorData, read_tensor_data
 from .variant import BuiltVariant, Workshop
 
 Announce = Callable[[str, float], None]
+_DECODING = (CPU, CUDA)
 _TOOLS = ("hasten", "numpy", "onnx", "onnx-ir", "onnxscript", "optimum", "tokenizers", "torch", "transformers")
+
+
+@dataclass
+class _Progress:
+    """Tells what goes on, and keeps how far the compile is, for what knows its own share only."""
+
+    announce: Announce
+    share: float = 0.0
+
+    def __call__(self, text: str, share: float) -> None:
+        self.share = share
+        self.announce(text, share)
+
+    def within(self, text: str, share: float) -> None:
+        self.announce(f"{text} {share:.0%}", self.share)
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,7 @@ def compile_model_with(
     source: str, output: Path, options: CompileOptions, announce: Announce = lambda text, share: None
 ) -> Compiled:
     """The same with the options as a value, and with progress: ``announce(what begins, share of the work done)``."""
+    progress = _Progress(announce)
     recipe = load_recipe(options.recipe)
     plan = load_plan(options.plan) if options.plan is not None else None
     if plan is not None:
@@ -107,14 +124,15 @@ def compile_model_with(
     targets = _targets(options.targets) if plan is None else tuple(Target.parse(one.target) for one in plan.variants)
     probes = _probed(targets, unproven=options.unproven)
     with BundleWriter(output, force=options.force) as writer:
-        announce("reading the source", 0.0)
+        progress("reading the source", 0.0)
         found = _found(source, plan, options)
+        targets = _able(targets, recipe, options, found.task)
         data = _data(options, found.task)
-        announce("exporting", 0.02)
+        progress("exporting", 0.02)
         exported = export_model(found, seed=options.seed)
         for path, content in exported.files.items():
             writer.add_bytes(path, content)
-        announce("running the original model", 0.25)
+        progress("running the original model", 0.25)
         evidence = gather(
             found,
             exported,
@@ -133,9 +151,18 @@ def compile_model_with(
             memory=options.calibration_memory,
             seed=options.seed,
             threads=options.threads or 0,
+            announce=progress.within,
         )
         workshop = Workshop(
-            evidence, calibrator.observe, folder, options.threads or 0, reproducer, announce, exported.model, probes
+            evidence,
+            calibrator.observe,
+            folder,
+            options.threads or 0,
+            reproducer,
+            progress,
+            exported.model,
+            probes,
+            calibrator.moments,
         )
         if plan is not None and plan.calibration and plan.calibration != calibrator.digest(exported.model):
             raise UsageError("the plan was calibrated on other data", "Pass the same --data, or compile without --plan")
@@ -200,6 +227,26 @@ def _targets(names: tuple[str, ...]) -> tuple[Target, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+def _able(targets: tuple[Target, ...], recipe: Recipe, options: CompileOptions, task: str) -> tuple[Target, ...]:
+    """The targets that run models of the task; what ``auto`` found and does not is left out.
+
+    Raises:
+        UnsupportedError: One that was asked for does not.
+        UsageError: The recipe is not for the task.
+    """
+    unable = [target for target in targets if task == GENERATION and target not in _DECODING]
+    named = [target.name for target in unable if target.name in options.targets or options.plan is not None]
+    if named:
+        raise UnsupportedError(
+            f"the target {named[0]} does not run decoders: its provider has no GroupQueryAttention",
+            f"Compile for {' or '.join(target.name for target in _DECODING)}",
+        )
+    able = tuple(target for target in targets if target not in unable)
+    for target in able if options.plan is None else ():
+        recipe.stages_for(target, task)
+    return able
+
+
 def _probed(targets: tuple[Target, ...], *, unproven: bool) -> dict[str, Probe]:
     """What the targets' providers answer here, by provider; they must all work, or be allowed not to."""
     providers = dict.fromkeys(target.provider for target in targets if target.provider != CPU_PROVIDER)
@@ -248,6 +295,7 @@ def _write(
         processor=exported.processor,
         variants=tuple(variant.manifest_entry() for variant in variants),
         files=(),
+        generation=exported.generation,
     )
     proofs = tuple(variant.proof for variant in variants)
     writer.add_bytes("report.html", render(manifest, proofs).encode())

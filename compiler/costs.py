@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from passes.pipeline import Pipeline
 from runtimes.client import Worker, interleave
 from runtimes.environment import cache_directory
 from runtimes.fingerprint import fingerprint
+from runtimes.remember import keep
 
 from .lone import lone_model, rewritten
 
@@ -138,12 +138,5 @@ def _recall(key: str, count: int) -> tuple[float, ...] | None:
 
 def _keep(key: str, entry: dict[str, object]) -> None:
     """Write one entry. A cache that cannot be written is no error: the next compile measures again."""
-    path = _folder() / f"{key}.json"
-    temporary = path.with_name(f".{key}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(entry), encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    data = json.dumps(entry).encode()
+    keep(_folder() / f"{key}.json", lambda temporary: temporary.write_bytes(data))

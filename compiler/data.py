@@ -12,13 +12,16 @@ import numpy as np
 from artifacts.errors import DataError, UsageError
 
 from .columns import Columns, label_of, text_of
+from .documents import is_plain, passages, read_documents
 from .tables import read_records
 
 NEUTRAL = "built-in neutral text"
 _SCORED = ("feature-extraction", "sentence-similarity")
 _PAIRED = ("question-answering",)
 _LABELLED = ("text-classification",)
+_RUNNING = ("text-generation",)
 _QUESTIONS = ("What does the text say?", "Where does it happen?", "Who or what is it about?", "How long does it take?")
+_NEUTRAL_PASSAGE = 1024
 
 Item = str | tuple[str, str]
 
@@ -70,6 +73,9 @@ class Dataset:
 def read_data(path: Path | None, columns: str | None, task: str) -> Dataset:
     """The examples of a file, or neutral text where ``path`` is None.
 
+    For text-generation an example is a passage of running text: the texts of the file may have any length. A .txt file
+    then is one text, or several with ``<|endoftext|>`` between them; its lines mean nothing.
+
     Args:
         path: A .jsonl, .csv, .tsv or .txt file, UTF-8.
         columns: Which columns to read: ``text=5,pair=6,label=4`` by name or number from 0, or just ``text,label`` for
@@ -86,6 +92,8 @@ def read_data(path: Path | None, columns: str | None, task: str) -> Dataset:
             raise UsageError(f"--columns {columns!r} speaks of a file, and there is none", "Pass it: --data FILE")
         return neutral(task)
     wanted = Columns.parse(columns) if columns is not None else None
+    if task in _RUNNING:
+        return _running(path, wanted)
     scored = task in _SCORED
     rows = []
     for record in read_records(path, wanted):
@@ -103,13 +111,31 @@ def read_data(path: Path | None, columns: str | None, task: str) -> Dataset:
     return Dataset(tuple(rows), path.name, labelled)
 
 
+def _running(path: Path, columns: Columns | None) -> Dataset:
+    """The passages of the texts of a file."""
+    plain = is_plain(path)
+    if plain and columns is not None:
+        raise UsageError(f"{path} has no columns", "Leave --columns out")
+    records = () if plain else read_records(path, columns)
+    texts = read_documents(path) if plain else (text_of(record, "text") for record in records)
+    rows = tuple(Row(passage) for text in texts for passage in passages(text))
+    if not rows:
+        raise DataError(f"{path} is empty", "It needs at least one text")
+    return Dataset(rows, path.name, labelled=False)
+
+
 def neutral(task: str) -> Dataset:
-    """About 120 plain English sentences of 2 to 35 words; joined to contexts with questions for question answering."""
+    """About 120 plain English sentences of 2 to 35 words.
+
+    For question answering they are joined to contexts with questions, for text-generation to passages.
+    """
     text = files(__package__).joinpath("neutral.txt").read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if task in _PAIRED:
         contexts = [" ".join(lines[index : index + 3]) for index in range(0, len(lines) - 2)]
         rows = [Row(_QUESTIONS[index % len(_QUESTIONS)], context) for index, context in enumerate(contexts)]
+    elif task in _RUNNING:
+        rows = [Row(passage) for passage in passages(" ".join(lines), _NEUTRAL_PASSAGE)]
     else:
         rows = [Row(line) for line in lines]
     return Dataset(tuple(rows), NEUTRAL, labelled=False)

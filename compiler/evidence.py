@@ -18,25 +18,27 @@ from artifacts.proof import Fidelity
 from artifacts.target import CPU_PROVIDER
 from runtimes.bench import synthetic
 from runtimes.client import Worker
-from runtimes.golden import Golden
+from runtimes.golden import Golden, Runner, golden_error
 from runtimes.text import TextEncoder, pad
 
-from .calibrate import Batches, survey, tensor_batches, text_batches
+from . import generation
+from .calibrate import Batches, survey, tensor_batches, text_batches, token_batches
 from .data import Dataset, Row, items, neutral, with_masks
 from .export import Exported
 from .export.onnx_import import index_limits, random_feeds
 from .metrics import Budget, condense, default_budget, join, measure
 from .shorten import LONGEST, shortened
 from .source import ModelSource
+from .tasks import GENERATION
 from .tensor_data import TensorData
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Mapping[str, NDArray[Any]]], Arrays]
 
 TRIAL_SHAPES = ((1, 32), (4, 128))
-"""(batch, length) at which changes are compared."""
+"""(batch, length) at which changes are compared; for decoders see `compiler.generation`."""
 PROOF_SHAPES = ((1, 32), (1, 128), (16, 128))
-"""(batch, length) at which the result is compared with the unoptimized graph."""
+"""(batch, length) at which the result is compared with the unoptimized graph; for decoders likewise."""
 CALIBRATION_ROWS = 512
 """Rows that the ranges of activations are learnt from, unless the user says otherwise."""
 CALIBRATION_MEMORY = 10**9
@@ -82,10 +84,26 @@ class Evidence:
     calibration: Batches
     notes: tuple[str, ...] = ()
 
+    @property
+    def product_rows(self) -> tuple[int, ...]:
+        """Rows of the input of a linear operator in each of the trials: its tokens."""
+        shapes = [feeds["input_ids"].shape for feeds in self.trial_feeds if "input_ids" in feeds]
+        return tuple(dict.fromkeys(batch * length for batch, length in shapes or TRIAL_SHAPES))
+
+    def error(self, runner: Runner) -> float:
+        """Relative L2 error of a model on the golden set; of a decoder also where it goes on token by token.
+
+        Raises:
+            ProviderError: It does not run.
+        """
+        error = golden_error(runner, self.golden)
+        return max(error, generation.continued_error(runner.run, self.golden)) if self.task == GENERATION else error
+
     def fidelity(self, run: Run) -> tuple[Fidelity, ...]:
         """Quality of a model on the held-out data, a row for each metric; the budget stands in the one that decides."""
         outputs = join([condense(self.task, run(feeds), feeds, mask_id=self.mask_id) for feeds in self.feeds])
         samples = len(self.rows) or sum(len(next(iter(feeds.values()))) for feeds in self.feeds)
+        samples = len(outputs["tokens"]) if self.task == GENERATION else samples
         return tuple(
             Fidelity(
                 metric=metric.name,
@@ -108,7 +126,8 @@ class Evidence:
         for found in fidelity:
             if found.metric == self.budget.metric:
                 within = found.drop <= found.budget
-                return "" if within else f"{found.metric} drops by {found.drop:.4f}, allowed {found.budget:.4f}"
+                verb = "rises" if found.metric == "perplexity" else "drops"
+                return "" if within else f"{found.metric} {verb} by {found.drop:.4f}, allowed {found.budget:.4f}"
         return f"{self.budget.metric} cannot be measured on {self.data}"
 
     def golden_bytes(self) -> bytes:
@@ -153,6 +172,8 @@ def gather(
         if exported.processor is None:
             tensors = data if isinstance(data, TensorData) else None
             return _tensors(source, exported, run, budget, seed, tensors, calibration_rows)
+        if source.task == GENERATION:
+            return _decoder(source, exported, exported.processor, texts, folder, run, budget, seed, calibration_rows)
         return _texts(source, exported, exported.processor, texts, folder, run, budget, seed, calibration_rows)
 
 
@@ -209,6 +230,50 @@ def _texts(
         proof_shapes=timed[1],
         calibration=calibration,
         notes=notes + calibration.notes,
+    )
+
+
+def _decoder(
+    source: ModelSource,
+    exported: Exported,
+    processor: TextProcessor,
+    data: Dataset,
+    folder: Path,
+    run: Run,
+    budget: Budget,
+    seed: int,
+    calibration_rows: int,
+) -> Evidence:
+    inputs, outputs = exported.inputs, exported.outputs
+    seen, held = data.split(seed, min(calibration_rows, generation.CALIBRATION_WINDOWS), _HELD_OUT)
+    longest = min(generation.LONGEST_WINDOW, processor.max_length)
+    learnt, judged = (
+        generation.windows((row.text for row in part.rows), folder / processor.tokenizer, longest)
+        for part in (seen, held)
+    )
+    judged = generation.held_out(judged, generation.judged_tokens(exported.model), data.name)
+    feeds = generation.teacher_forced(judged, inputs, outputs)
+    answers = join([condense(source.task, run(one), one) for one in feeds])
+    if not np.isfinite(answers["log_probabilities"]).all():
+        raise UnsupportedError(
+            f"{source.path} computes numbers that are not finite for {data.name}: nothing can be compared",
+            "Its weights may be damaged: download the model again",
+        )
+    prompt = generation.golden_prompt(judged, inputs, outputs)
+    size = generation.vocabulary(outputs)
+    return Evidence(
+        task=source.task,
+        golden=Golden(prompt, {"logits": run(prompt)["logits"]}),
+        feeds=feeds,
+        answers=answers,
+        rows=(),
+        data=data.name,
+        processor=processor,
+        mask_id=None,
+        budget=budget,
+        trial_feeds=tuple(generation.timed(inputs, generation.TRIAL_SHAPES, processor.max_length, size).values()),
+        proof_shapes=generation.timed(inputs, generation.PROOF_SHAPES, processor.max_length, size),
+        calibration=token_batches(learnt or judged, inputs),
     )
 
 

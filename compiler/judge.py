@@ -9,7 +9,6 @@ from types import TracebackType
 
 from artifacts.errors import ProviderError
 from runtimes.client import Ratio, Timings, Worker, interleave
-from runtimes.golden import golden_error
 
 from .candidate import Candidate, Trial, Verdict
 from .evidence import Evidence
@@ -145,7 +144,7 @@ class Judge(AbstractContextManager["Judge"]):
             return set()
 
     def _error(self, worker: Worker) -> float:
-        return golden_error(worker, self.evidence.golden)
+        return self.evidence.error(worker)
 
     def _unoptimized_error(self, candidate: Candidate) -> float:
         plain = replace(candidate, session=replace(candidate.session, optimization_level="disabled"))

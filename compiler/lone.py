@@ -9,8 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from artifacts.target import Target
-from passes.base import Context, Observe, Pass
-from passes.statistics import Activation, ActivationAccumulator
+from passes.base import Context, Observe, ObserveMoments, Pass
+from passes.statistics import Activation, ActivationAccumulator, Moments, MomentsAccumulator
 
 Floats = NDArray[np.float32]
 
@@ -53,7 +53,7 @@ def rewritten(model: ir.Model, form: Pass | None, target: Target, sample: Floats
     """
     if form is None:
         return model
-    outcome = form.run(model, Context(target, observing(sample)))
+    outcome = form.run(model, Context(target, observing(sample), observing_moments(sample)))
     return model if outcome.changed else None
 
 
@@ -67,6 +67,18 @@ def observing(sample: Floats) -> Observe:
         return {str(value.name): result for value in values}
 
     return observe
+
+
+def observing_moments(sample: Floats) -> ObserveMoments:
+    """The same for second moments."""
+
+    def moments(_: ir.Model, values: Sequence[ir.Value]) -> Mapping[str, Moments]:
+        seen = MomentsAccumulator(INPUT)
+        seen.update(sample)
+        result = seen.result()
+        return {str(value.name): result for value in values}
+
+    return moments
 
 
 def _value(name: str, shape: tuple[str | int, ...]) -> ir.Value:

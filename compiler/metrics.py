@@ -22,6 +22,7 @@ Array = NDArray[np.generic]
 Floats = NDArray[np.float64]
 Arrays = dict[str, Array]
 
+_LARGEST_EXPONENT = 700.0
 _UNDECIDED = -1  # the choice of a model whose scores are not finite: it agrees with nothing
 
 
@@ -30,13 +31,13 @@ class Metric:
     """One figure of a model next to the original's.
 
     Attributes:
-        name: ``cosine_mean``, ``cosine_min``, ``spearman``, ``accuracy``, ``agreement``, ``correlation`` or
-            ``relative_l2``.
+        name: ``cosine_mean``, ``cosine_min``, ``spearman``, ``accuracy``, ``agreement``, ``correlation``,
+            ``perplexity`` or ``relative_l2``.
         value: Of the compiled model.
         reference_value: Of the original.
-        drop: What was lost: relative to the original for spearman and accuracy, absolute for the rest; negative for
-            a gain.
-        higher_is_better: False for errors.
+        drop: What was lost: relative to the original for spearman, accuracy and perplexity, absolute for the rest;
+            negative for a gain.
+        higher_is_better: False for errors and perplexity.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Budget:
 
 
 def default_budget(task: str, labelled: bool, *, problem: str = "") -> Budget:
-    """1 % of the task's metric; without labels mean cosine, agreement or correlation of at least 0.99.
+    """1 % of the task's metric (perplexity for decoders); without labels mean cosine, agreement or correlation of 0.99.
 
     Args:
         task: The task.
@@ -75,6 +76,8 @@ def default_budget(task: str, labelled: bool, *, problem: str = "") -> Budget:
         return Budget("spearman" if labelled else "cosine_mean", 0.01)
     if task == "tensors":
         return Budget("relative_l2", 0.01)
+    if task == "text-generation":
+        return Budget("perplexity", 0.01)
     if task == "text-classification" and problem == "regression":
         return Budget("spearman" if labelled else "correlation", 0.01)
     scored = labelled and task == "text-classification" and problem != "multi_label_classification"
@@ -89,15 +92,20 @@ def condense(
     Args:
         task: The task.
         outputs: Of the model, by name.
-        feeds: What it was given; ``attention_mask`` says which positions count.
+        feeds: What it was given; ``attention_mask`` says which positions count, for decoders ``seqlens_k``.
         mask_id: Id of the mask token, for fill-mask; positions with it count, or all if there are none.
 
     Returns:
         ``vectors [rows, width]``, ``logits [rows, classes]``, ``labels [tokens]``, ``spans [rows, 2]``,
-        ``tokens [masks]``, or the outputs themselves for plain tensors.
+        ``tokens [masks]``, for decoders ``log_probabilities`` (float32, of each token but the first of its row) and
+        ``tokens`` (int64, the likeliest in its place), both ``[tokens]``; or the outputs themselves for plain tensors.
     """
-    if task == "tensors":
-        return dict(outputs)
+    if task == "text-generation":
+        return _next_tokens(outputs["logits"], feeds["input_ids"], feeds["seqlens_k"])
+    return dict(outputs) if task == "tensors" else _of_attended(task, outputs, feeds, mask_id)
+
+
+def _of_attended(task: str, outputs: Mapping[str, Array], feeds: Mapping[str, Array], mask_id: int | None) -> Arrays:
     mask = np.asarray(feeds["attention_mask"]).astype(bool)
     if task == "feature-extraction":
         return {"vectors": _vectors(outputs, mask)}
@@ -153,6 +161,8 @@ def measure(
         return _embedding_metrics(_floats(reference["vectors"]), _floats(outputs["vectors"]), rows)
     if task == "text-classification":
         return _class_metrics(_floats(reference["logits"]), _floats(outputs["logits"]), rows, processor)
+    if task == "text-generation":
+        return _generation_metrics(reference, outputs)
     name = next(iter(reference))
     return (_agreement(np.asarray(reference[name]), np.asarray(outputs[name])),)
 
@@ -243,6 +253,45 @@ def _score(label: str | float) -> float:
     if not math.isfinite(value):
         raise DataError(f"the data has the score {label!r}", "The model gives a number: scores must be finite numbers")
     return value
+
+
+def perplexity(log_probabilities: Array) -> float:
+    """``exp(-mean log p)`` of natural logarithms ``[tokens]``; infinite where one is not finite, 1 for no tokens."""
+    values = _floats(log_probabilities)
+    if not np.isfinite(values).all():
+        return math.inf
+    mean = float(values.mean()) if values.size else 0.0
+    return math.exp(-mean) if -mean < _LARGEST_EXPONENT else math.inf
+
+
+def log_probabilities(logits: Array, tokens: Array) -> NDArray[np.float32]:
+    """Natural log-probability of one token at each position: ``logits [n, vocabulary]``, ``tokens [n]`` -> [n].
+
+    ``logits[t] - max - log Σ exp(logits - max)``, row by row, so that no second array of the logits' size is made.
+    """
+    found = np.empty(len(tokens), np.float32)
+    for index, (row, token) in enumerate(zip(logits, tokens, strict=True)):
+        with np.errstate(invalid="ignore"):  # of infinite logits: the result is not a number, and told as such
+            shifted = np.asarray(row, np.float32) - np.float32(np.max(row))
+        found[index] = shifted[token] - math.log(float(np.exp(shifted).sum(dtype=np.float64)))
+    return found
+
+
+def _next_tokens(logits: Array, ids: Array, seqlens_k: Array) -> Arrays:
+    """What a decoder says of each next token: ``logits [rows, columns, vocabulary]`` of all columns."""
+    likely, chosen = [], []
+    for row, tokens, last in zip(logits, ids, seqlens_k, strict=True):
+        said = row[: int(last)]  # the last token has no successor, and what follows it is padding
+        likely.append(log_probabilities(said, tokens[1 : int(last) + 1]))
+        chosen.append(said.argmax(axis=-1).astype(np.int64))
+    return {"log_probabilities": np.concatenate(likely), "tokens": np.concatenate(chosen)}
+
+
+def _generation_metrics(reference: Mapping[str, Array], outputs: Mapping[str, Array]) -> tuple[Metric, ...]:
+    before, after = (perplexity(one["log_probabilities"]) for one in (reference, outputs))
+    rise = after / before - 1.0 if math.isfinite(after) else math.inf
+    agreement = _agreement(np.asarray(reference["tokens"]), np.asarray(outputs["tokens"]))
+    return (Metric("perplexity", after, before, rise, higher_is_better=False), agreement)
 
 
 def _agreement(reference: Array, outputs: Array) -> Metric:

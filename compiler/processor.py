@@ -14,8 +14,10 @@ from artifacts.manifest import TextProcessor
 from .checkpoint import read_json
 from .quiet import quiet
 from .source import ModelSource
+from .tasks import GENERATION
 
 TOKENIZER = "processor/tokenizer.json"
+CHAT_TEMPLATE = "processor/chat_template.jinja"
 DEFAULT_LENGTH = 512
 PAIR_TASKS = ("text-classification", "question-answering")
 _OFFSET_POSITIONS = (
@@ -32,6 +34,8 @@ _OFFSET_POSITIONS = (
 )
 """Model types whose first position is pad_token_id + 1, so that fewer positions are left for tokens."""
 
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
+
 Config = Mapping[str, object]
 
 
@@ -43,6 +47,29 @@ def maximum_length(config: Config) -> int:
     if config.get("model_type") in _OFFSET_POSITIONS:
         positions -= pad_id(config) + 1
     return max(positions, 1)
+
+
+def context_length(config: Config) -> int:
+    """Longest text in tokens that a language model takes; 512 where the config states none.
+
+    Where rotary frequencies change with the length of the text (``longrope``), it is the length up to which they are
+    those of short texts: what the KV cache already holds could not follow a change.
+    """
+    stated = (config.get(key) for key in _CONTEXT)
+    length = next((value for value in stated if isinstance(value, int) and value > 0), DEFAULT_LENGTH)
+    for rope in _ropes(config):
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and isinstance(original, int) and original > 0:
+            length = min(length, original)
+    return length
+
+
+def _ropes(config: Config) -> list[Mapping[str, object]]:
+    """Parameters of the rotary embedding: one set, or one for each kind of layer."""
+    stated = config.get("rope_parameters")
+    if not isinstance(stated, Mapping):
+        return []
+    return [stated, *(value for value in stated.values() if isinstance(value, Mapping))]
 
 
 def pad_id(config: Config) -> int:
@@ -79,7 +106,7 @@ def read_processor(
     except (ValueError, TypeError) as error:
         raise SourceError(f"{source.tokenizer} has a corrupt tokenizer: {error}", "Download the model again") from error
     _check_vocabulary(tokenizer, source.tokenizer, config)
-    special = _special_tokens(source.tokenizer)
+    special = special_tokens(source.tokenizer)
     pad_token, pad = _pad(tokenizer, special, config)
     mask = _mask(tokenizer, special) if source.task == "fill-mask" else ""
     labels = _labels(config) if source.task in ("text-classification", "token-classification") else ()
@@ -132,7 +159,7 @@ def _check_vocabulary(tokenizer: tokenizers.Tokenizer, folder: Path, config: Con
         )
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
+def special_tokens(folder: Path) -> dict[str, str]:
     """Special tokens by role, as the folder's files name them."""
     tokens: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -165,6 +192,8 @@ def _mask(tokenizer: tokenizers.Tokenizer, special: Mapping[str, str]) -> str:
 
 
 def _length(source: ModelSource, config: Config) -> int:
+    if source.task == GENERATION:
+        return context_length(config)  # many tokenizers of language models state lengths of other models
     longest = maximum_length(config)
     if source.pooling is not None and source.pooling.max_length:
         return min(source.pooling.max_length, longest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import cast
@@ -16,9 +16,12 @@ from passes.base import Effect, Pass, Purpose
 from passes.pipeline import Pipeline, parse
 from passes.registry import CLEAN
 
+from .tasks import GENERATION
+
 SCHEMA = 1
-BUILT_IN = ("reference", "safe", "balanced")
-_KEYS = {"schema", "name", "description", "tune", "stages"}
+BUILT_IN = ("reference", "safe", "balanced", "int8", "int4", "int4-fast")
+_KEYS = {"schema", "name", "description", "tune"}
+_TABLES = ("stages", "generation")
 _ALIASES = {"clean": Pipeline(CLEAN)}
 
 
@@ -27,7 +30,7 @@ class PerSite:
     """Forms among which each linear operator gets the one that costs least on the target, or is left as it is.
 
     What a stage ends with is one if it can be told which operators it is for: then those that cost most quality can be
-    given back where the budget is missed.
+    stepped back to gentler forms where the budget is missed.
 
     Attributes:
         before: Passes that run first.
@@ -62,22 +65,36 @@ class Recipe:
             precision included. If not, the stages are taken as they are, under every gate but speed.
         stages: Per target name, or ``default``, the stages in order. A stage is judged as a whole: its numbers,
             its speed and, where it may change the numbers, its quality. ``a | b``: b is tried where a did not stand.
-            ``a / b``: each linear operator gets the form that costs least on the target.
+            ``a / b``: each linear operator gets the form that costs least on the target. Empty: for decoders only.
+        generation: The same for decoders. Empty: it is not for them.
     """
 
     name: str
     description: str
     tune: bool
     stages: Mapping[str, tuple[str, ...]]
+    generation: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def stages_for(self, target: Target) -> tuple[Stage, ...]:
+    def stages_for(self, target: Target, task: str = "") -> tuple[Stage, ...]:
         """The stages for ``target``, each with its alternatives in order.
 
         Raises:
-            UsageError: A stage names no pass, or offers for each operator what cannot be told which operators.
+            UsageError: The recipe has none for the task; a stage names no pass, or offers for each operator what cannot
+                be told which operators.
         """
-        texts = self.stages.get(target.name, self.stages["default"])
+        decoder = task == GENERATION
+        table = self.generation if decoder else self.stages
+        if not table:
+            where = "its [generation] table" if decoder else "its [stages] table"
+            remedy = f"Choose {' or '.join(_serving(decoder))}; or give the recipe {where}"
+            raise UsageError(f"the recipe {self.name} is not for {task or 'encoders'}", remedy)
+        texts = table.get(target.name, table["default"])
         return tuple(tuple(_alternative(part.strip()) for part in text.split("|")) for text in texts)
+
+
+def _serving(decoder: bool) -> list[str]:
+    """Names of the built-in recipes for decoders, or for the other tasks."""
+    return [name for name in BUILT_IN if getattr(load_recipe(name), _TABLES[decoder])]
 
 
 def _alternative(text: str) -> Pipeline | PerSite:
@@ -118,34 +135,44 @@ def _parse(data: bytes, where: str) -> Recipe:
         raise UsageError(f"recipe {where} is not TOML: {error}") from error
     if table.get("schema") != SCHEMA:
         raise UsageError(f"recipe {where} has schema {table.get('schema')!r}, this hasten reads {SCHEMA}")
-    if unknown := sorted(set(table) - _KEYS):
-        raise UsageError(f"recipe {where} has the unknown key {unknown[0]!r}", f"Known: {', '.join(sorted(_KEYS))}")
-    if missing := sorted(_KEYS - set(table)):
+    known = _KEYS.union(_TABLES)
+    if unknown := sorted(set(table) - known):
+        raise UsageError(f"recipe {where} has the unknown key {unknown[0]!r}", f"Known: {', '.join(sorted(known))}")
+    missing = sorted(_KEYS - set(table)) or [key for key in _TABLES[:1] if not table.keys() & set(_TABLES)]
+    if missing:
         raise UsageError(f"recipe {where} lacks the key {missing[0]!r}")
     _check_types(table, where)
-    stages = {key: tuple(cast(list[str], value)) for key, value in table["stages"].items()}
-    recipe = Recipe(table["name"], table["description"], table["tune"], stages)
+    stages, generation = (
+        {target: tuple(cast(list[str], texts)) for target, texts in table.get(key, {}).items()} for key in _TABLES
+    )
+    recipe = Recipe(table["name"], table["description"], table["tune"], stages, generation)
     for target in TARGETS:
-        recipe.stages_for(target)
+        for task in ("",) * bool(stages) + (GENERATION,) * bool(generation):
+            recipe.stages_for(target, task)
     return recipe
 
 
 def _check_types(table: Mapping[str, object], where: str) -> None:
-    for key, kind in (("name", str), ("description", str), ("tune", bool), ("stages", dict)):
+    tables = [key for key in _TABLES if key in table]
+    for key, kind in (("name", str), ("description", str), ("tune", bool), *((key, dict) for key in tables)):
         if not isinstance(table[key], kind):
             raise UsageError(f"recipe {where}: {key} must be a {kind.__name__}")
     name = cast(str, table["name"])
     if not name.replace("-", "").isalnum() or not name.islower():
         raise UsageError(f"recipe {where}: name {name!r} must be lower case letters, digits and hyphens")
-    stages = cast(dict[str, object], table["stages"])
+    for name in tables:
+        _check_stages(name, cast(dict[str, object], table[name]), where)
+
+
+def _check_stages(table: str, stages: Mapping[str, object], where: str) -> None:
     names = {"default", *(target.name for target in TARGETS)}
     if "default" not in stages:
-        raise UsageError(f"recipe {where}: [stages] lacks 'default'")
+        raise UsageError(f"recipe {where}: [{table}] lacks 'default'")
     for key, value in stages.items():
         if key not in names:
-            raise UsageError(f"recipe {where}: [stages] has the unknown target {key!r}")
+            raise UsageError(f"recipe {where}: [{table}] has the unknown target {key!r}")
         if not isinstance(value, list) or not all(isinstance(stage, str) for stage in value):
-            raise UsageError(f"recipe {where}: stages.{key} must be a list of texts")
+            raise UsageError(f"recipe {where}: {table}.{key} must be a list of texts")
         for stage in value:
             if not all(part.strip() for part in re.split(r"\||(?:^|\s)/(?:\s|$)", stage)):
-                raise UsageError(f"recipe {where}: stages.{key} has an empty alternative in {stage!r}")
+                raise UsageError(f"recipe {where}: {table}.{key} has an empty alternative in {stage!r}")

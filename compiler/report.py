@@ -7,7 +7,9 @@ from html import escape
 from math import inf
 
 from artifacts.manifest import Manifest
-from artifacts.proof import Machine, VariantProof
+from artifacts.proof import Machine, Speed, VariantProof
+
+from .tasks import GENERATION
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2330; }
@@ -37,12 +39,12 @@ def render(manifest: Manifest, proofs: Sequence[VariantProof], digest: str = "")
         + (f" · bundle <code>{escape(digest[:19])}</code></p>" if digest else "</p>"),
     ]
     for proof in proofs:
-        parts += _variant(proof)
+        parts += _variant(proof, decoder=manifest.task == GENERATION)
     parts.append(f"<p class=note>{escape(' · '.join(f'{name} {version}' for name, version in manifest.toolchain))}</p>")
     return "".join(parts)
 
 
-def _variant(proof: VariantProof) -> Iterable[str]:
+def _variant(proof: VariantProof, *, decoder: bool) -> Iterable[str]:
     yield f"<h2>{escape(proof.variant)}: {escape(proof.status)}</h2>"
     notes = (_bytes(proof.size), proof.reason, _machine(proof.machine))
     yield f"<p class=note>{escape(' · '.join(note for note in notes if note))}</p>"
@@ -66,7 +68,7 @@ def _variant(proof: VariantProof) -> Iterable[str]:
         for s in proof.speed:
             width = f"{12 * s.ratio / top if 0.0 < top < inf else 0.0:.1f}rem"
             yield (
-                f"<tr><td>{s.batch} × {s.length}<td class=n>{s.reference_ms:.2f} ms<td class=n>{s.ms:.2f} ms"
+                f"<tr><td>{_shape(s, decoder=decoder)}<td class=n>{s.reference_ms:.2f} ms<td class=n>{s.ms:.2f} ms"
                 f"<td class=n>{s.ratio:.2f}×<td><span class=bar style='width:{width}'></span>"
             )
         yield "</table>"
@@ -80,6 +82,11 @@ def _variant(proof: VariantProof) -> Iterable[str]:
             f"<td class=n>{step.error:.1e}<td>{'kept' if step.kept else 'not kept'}: {escape(step.reason)}"
         )
     yield "</table>"
+
+
+def _shape(speed: Speed, *, decoder: bool) -> str:
+    kind = "" if not decoder else " (decode step)" if speed.length == 1 else " (prompt)"
+    return f"{speed.batch} × {speed.length}{kind}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -98,8 +98,8 @@ class Search:
         return verdict.candidate
 
     def _first(self, best: Candidate, alternatives: Stage) -> Candidate:
-        """The first alternative that stands; else what is left of the last one: without the operators that cost most
-        quality where it missed the budget, or those of its passes that stand by themselves; else ``best``.
+        """The first alternative that stands; else what is left of the last one: with gentler forms of the operators
+        that cost most quality where it missed the budget; or those of its passes that stand by themselves; or ``best``.
         """
         for stage in alternatives:
             self.announce(_label(stage))
@@ -111,7 +111,7 @@ class Search:
             if verdict.kept:
                 return verdict.candidate
         if isinstance(stage, PerSite) and verdict.miss:
-            return self._given_back(best, stage, assignment)
+            return self._stepped_back(best, stage, assignment)
         for a_pass in stage.passes if len(stage.passes) > 1 else ():
             best = self._first(best, (Pipeline((a_pass,)),))
         return best
@@ -123,21 +123,21 @@ class Search:
         assignment = self.chooser.assign(best.model, stage.forms, best.session.precision)
         return assignment.pipeline(stage.before), assignment
 
-    def _given_back(self, best: Candidate, stage: PerSite, assignment: Assignment) -> Candidate:
-        """Leave as they are as few as possible of the operators that cost most quality: found by bisection."""
-        ranked = self.chooser.ranked(best.model, assignment)
-        enough, too_few = len(ranked), 0
+    def _stepped_back(self, best: Candidate, stage: PerSite, assignment: Assignment) -> Candidate:
+        """Let the operators that cost most quality take gentler forms, in as few steps as possible: by bisection."""
+        steps = self.chooser.steps_back(best.model, assignment, stage.forms, best.session.precision)
+        enough, too_few = len(steps), 0
         while enough - too_few > 1:
             middle = (enough + too_few) // 2
-            self.announce(f"{middle} of {len(ranked)} operators left as they are")
-            trial = self._attempt(best, assignment.without(ranked[:middle]).pipeline(stage.before))
+            self.announce(f"{middle} of {len(steps)} steps back towards float32")
+            trial = self._attempt(best, assignment.after(steps[:middle]).pipeline(stage.before))
             if trial is None or self.judge.shortfall(trial.candidate):
                 too_few = middle
             else:
                 enough = middle
-        if enough == len(ranked):
+        if enough == len(steps):
             return best
-        trial = self._attempt(best, assignment.without(ranked[:enough]).pipeline(stage.before))
+        trial = self._attempt(best, assignment.after(steps[:enough]).pipeline(stage.before))
         verdict = self._try(trial) if trial is not None else None
         return verdict.candidate if verdict is not None and verdict.kept else best
 

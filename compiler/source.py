@@ -11,8 +11,9 @@ from pathlib import Path
 from artifacts.errors import SourceError, UnsupportedError, UsageError
 
 from .checkpoint import check_onnx, check_weights, read_json
+from .decoders import is_language_model, named_refusal
 from .hub import download, looks_like_hub_id
-from .tasks import EMBEDDING_TASKS, TASKS, TENSORS, serves
+from .tasks import EMBEDDING_TASKS, GENERATION, TASKS, TENSORS, serves
 
 POOLING_MODES = ("mean", "cls", "max", "none")
 _TOKENIZER_FILES = (
@@ -20,6 +21,8 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
@@ -120,6 +123,8 @@ def _read_folder(folder: Path, task: str | None, pooling: str | None, *, name: s
     model_folder, stated = sentence if sentence is not None else (folder, None)
     config = _read_config(model_folder)
     architecture = _architecture(model_folder, config)
+    if task in (None, GENERATION) and is_language_model(architecture) and (reason := named_refusal(config)):
+        raise UnsupportedError(f"{architecture} {reason}", "Export it to ONNX by other means and pass the .onnx file")
     weights = check_weights(model_folder)
     if task == TENSORS:
         raise UsageError("task tensors is for .onnx files", f"Choose one of {', '.join(TASKS)}")
@@ -134,6 +139,8 @@ def _read_folder(folder: Path, task: str | None, pooling: str | None, *, name: s
         )
     extra = [folder / file for file in _SENTENCE_FILES] if sentence is not None else []
     extra += [folder / "1_Pooling" / "config.json"] if sentence is not None else []
+    if found == GENERATION:
+        extra.append(model_folder / "generation_config.json")
     files = [model_folder / "config.json", *weights, *(tokenizer / file for file in _TOKENIZER_FILES), *extra]
     return ModelSource(
         name=name,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from artifacts.errors import InstallationError, UnsupportedError
 from artifacts.manifest import TASKS as BUNDLE_TASKS
 
+from .decoders import is_language_model
 from .quiet import quiet
 
 TENSORS = "tensors"
+GENERATION = "text-generation"
 TASKS = tuple(task for task in BUNDLE_TASKS if task != TENSORS)
 """Tasks that take text, and that a model's architecture is inferred to serve."""
 EMBEDDING_TASKS = ("feature-extraction", "sentence-similarity")
@@ -54,6 +56,8 @@ def infer_task(architecture: str) -> str:
                 f"transformers {transformers.__version__} has no architecture {architecture}",
                 "Models with code of their own are not compiled; export to ONNX first and pass the .onnx file",
             )
+        if is_language_model(architecture):
+            return GENERATION
         try:
             return str(TasksManager.infer_task_from_model(model_class))
         except ValueError:

@@ -10,7 +10,10 @@ UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """Relative rounding error of one operation: 2^-p for p significant bits (IEEE 754; bfloat16: p = 8)."""
 
 _CONFIDENCE = 8.0
-_CONTRACTIONS = {"MatMul", "Gemm", "Conv", "MultiHeadAttention", "Attention", "MatMulInteger", "FusedMatMul", "Einsum"}
+_CONTRACTIONS = {
+    *("MatMul", "Gemm", "Conv", "MatMulInteger", "FusedMatMul", "Einsum"),
+    *("MultiHeadAttention", "Attention", "GroupQueryAttention"),
+}
 
 
 def rounding_tolerance(model: ir.Model, precision: str = "fp32") -> float:

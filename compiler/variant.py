@@ -13,7 +13,7 @@ from artifacts.errors import FidelityError, PassError
 from artifacts.manifest import SessionOptions, Variant
 from artifacts.proof import Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
-from passes.base import Context, Observe
+from passes.base import Context, Observe, ObserveMoments
 from passes.grammar import check
 from passes.pipeline import Pipeline, parse
 from runtimes.bench import REFERENCE
@@ -23,8 +23,9 @@ from runtimes.providers import Probe
 from .candidate import Candidate
 from .choose import Chooser
 from .costs import CostBase
-from .evidence import TRIAL_SHAPES, Evidence
+from .evidence import Evidence
 from .graphs import GraphFolder
+from .integer_kernels import integer_kernel_note
 from .judge import Judge
 from .plan import PlannedVariant
 from .prove import Runnable, is_slower, race
@@ -70,6 +71,7 @@ class Workshop:
         announce: Progress.
         exported: The graph that all variants are made of.
         probes: What the providers besides the CPU's answered here.
+        moments: Calibration of second moments, lent to passes.
     """
 
     evidence: Evidence
@@ -80,6 +82,7 @@ class Workshop:
     announce: Callable[[str, float], None]
     exported: ir.Model
     probes: Mapping[str, Probe]
+    moments: ObserveMoments | None = None
 
     @cached_property
     def unoptimized(self) -> tuple[Candidate, tuple[Step, ...]]:
@@ -91,7 +94,7 @@ class Workshop:
         with Judge(self.evidence, CPU_PROVIDER, unmeasured="part of the reference", threads=self.threads) as judge:
             search = self._search(judge, CPU, lambda text: None)
             base = judge.enthrone(self._base(SessionOptions()))
-            stages = load_recipe(REFERENCE).stages_for(CPU)
+            stages = load_recipe(REFERENCE).stages_for(CPU, self.evidence.task)
             return search.walk(base, stages, tune=False), tuple(search.steps)
 
     def reference(self) -> BuiltVariant:
@@ -109,7 +112,7 @@ class Workshop:
         """
         if recipe.name == REFERENCE and target == CPU:
             return self.reference()
-        stages = recipe.stages_for(target)
+        stages = recipe.stages_for(target, self.evidence.task)
         done = 0
 
         def tell(text: str) -> None:
@@ -125,7 +128,7 @@ class Workshop:
             best = search.walk(base, stages, tune=recipe.tune)
         tell("proving")
         planned = _planned(f"{target.name}-{best.precision}", target, recipe.name, best)
-        return self._settled(planned, best, tuple(search.steps), provider, absent)
+        return self._settled(planned, best, tuple(search.steps), provider, absent, recipe)
 
     def replay(self, planned: PlannedVariant) -> BuiltVariant:
         """Make the variant that a plan records, without measuring speed to decide anything.
@@ -152,11 +155,20 @@ class Workshop:
         return BuiltVariant(planned, candidate, self._prove(planned, candidate, steps, provider, absent=absent))
 
     def _settled(
-        self, planned: PlannedVariant, best: Candidate, steps: tuple[Step, ...], provider: str, absent: str
+        self,
+        planned: PlannedVariant,
+        best: Candidate,
+        steps: tuple[Step, ...],
+        provider: str,
+        absent: str,
+        recipe: Recipe,
     ) -> BuiltVariant:
         proof = self._prove(planned, best, steps, provider, absent=absent)
         if not is_slower(proof.speed):
             return BuiltVariant(planned, best, proof)
+        if not recipe.tune:
+            slower = f"slower than the unoptimized graph here; the recipe {recipe.name} takes it as it is"
+            return BuiltVariant(planned, best, replace(proof, reason=f"{proof.reason}; {slower}".removeprefix("; ")))
         # Each step held, and all together do not: ship what nothing was done to.
         target = Target.parse(planned.target)
         with Judge(self.evidence, provider, threads=self.threads) as judge:
@@ -181,6 +193,7 @@ class Workshop:
         check(candidate.model, Target.parse(planned.target), finished=True)
         with Runnable(candidate.graph.path, provider, candidate.session).start(self.threads) as worker:
             fidelity = self.evidence.fidelity(worker.run)
+            note = absent or integer_kernel_note(candidate.model, worker, self.evidence.golden.feeds)
         if shortfall := self.evidence.exceeded(fidelity):
             remedy = "Raise --max-drop, give more representative --data, or choose --recipe safe"
             raise FidelityError(f"{planned.id} misses the quality budget: {shortfall}", remedy)
@@ -196,7 +209,7 @@ class Workshop:
             speed=speed,
             steps=steps,
             size=candidate.graph.size,
-            reason=absent,
+            reason=note,
         )
 
     def _race(self, candidate: Candidate, provider: str) -> tuple[Speed, ...]:
@@ -212,12 +225,11 @@ class Workshop:
         return Candidate(model, graph, Pipeline(), session, tolerance=rounding_tolerance(model))
 
     def _search(self, judge: Judge, target: Target, announce: Callable[[str], None]) -> Search:
-        context = Context(target, self.observe)
+        context = Context(target, self.observe, self.moments)
         costs = None
         # A provider that compiles the graph fuses operators with their neighbours: alone they cost something else.
         if not judge.unmeasured and judge.provider == CPU_PROVIDER:
-            rows = tuple(dict.fromkeys(batch * length for batch, length in TRIAL_SHAPES))
-            costs = CostBase(target, judge.provider, self.threads, rows)
+            costs = CostBase(target, judge.provider, self.threads, self.evidence.product_rows)
         return Search(judge, context, self.folder, self.reproducer, announce, Chooser(context, costs))
 
     def _provider(self, target: Target) -> tuple[str, str]:

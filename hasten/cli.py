@@ -30,6 +30,8 @@ COMMANDS = {
     "unpack": ("look", "unpack_command"),
     "doctor": ("look", "doctor_command"),
     "run": ("use", "run_command"),
+    "chat": ("converse", "chat_command"),
+    "eval": ("evaluate", "eval_command"),
     "bench": ("use", "bench_command"),
     "tune": ("tune", "tune_command"),
     "profile": ("tune", "profile_command"),
@@ -43,8 +45,19 @@ _COMPILE_PACKAGES = {"torch", "transformers", "optimum", "requests", "onnx", "on
 _COMPILE_PACKAGES |= {"scipy", "tomli_w", "huggingface_hub"}
 
 
+class ReaderGoneError(Exception):
+    """Nobody reads standard output any more. Not an OSError: click would end the process itself, with code 1."""
+
+
 class Commands(click.Group):
     """A group that finds its commands in ``COMMANDS``."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGoneError from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands, in the order of the table."""
@@ -84,7 +97,7 @@ def _run(arguments: list[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("hasten: interrupted; nothing was left half-written", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
+    except ReaderGoneError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except Exception as error:  # noqa: BLE001 - the last resort: a user sees one line, never a traceback

@@ -5,24 +5,40 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 from rich.text import Text
 
+from artifacts.constraints import printable
+
 from .show import console, proof_table, size_text
+
+if TYPE_CHECKING:
+    from artifacts.bundle import Bundle
+    from artifacts.manifest import TensorSpec
 
 _COLOURS = {"ok": "green", "warn": "yellow", "skipped": "yellow", "broken": "red", "failed": "red"}
 _BROKEN = 1
 
 
-@click.command("inspect", short_help="Show what a bundle is, how it was made, what was proven.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print manifest and proof as JSON.")
+@click.command("inspect", short_help="Show what a bundle is; or whether a model can be compiled.")
+@click.argument("bundle", metavar="BUNDLE_OR_MODEL", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: manifest and proof; for a model what was found.")
 def inspect_command(bundle: Path, as_json: bool) -> None:
-    """Show what BUNDLE is, how it was made and what was proven."""
+    """Show what a BUNDLE is, how it was made and what was proven.
+
+    Of a MODEL (a Hugging Face folder, or a hub id owner/name) say whether it can be compiled, and why not: from its
+    config.json alone. Exit code 3 if it cannot.
+    """
     from artifacts.bundle import open_bundle
 
+    from .examine import is_model
+
+    if is_model(str(bundle)):
+        _inspect_model(str(bundle), as_json)
+        return
     opened = open_bundle(bundle)
     if as_json:
         document = {
@@ -32,27 +48,69 @@ def inspect_command(bundle: Path, as_json: bool) -> None:
         }
         click.echo(json.dumps(document, indent=1))
         return
+    _print_rows(_rows(opened))
+    for proof in opened.proof.variants:
+        console().print(proof_table(opened, proof))
+
+
+def _rows(opened: Bundle) -> dict[str, str]:
     manifest = opened.manifest
-    table = Table(box=None, show_header=False, pad_edge=False)
     rows = {
         "name": manifest.name,
         "task": manifest.task,
         "source": f"{manifest.source.architecture}, {manifest.source.kind}, {manifest.source.digest[:19]}",
         "bundle": f"{opened.digest}, {size_text(sum(entry.size for entry in manifest.files))}",
-        "inputs": ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.inputs),
-        "outputs": ", ".join(f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in manifest.outputs),
+        "inputs": _specs(manifest.inputs),
+        "outputs": _specs(manifest.outputs),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.toolchain),
     }
     if manifest.processor is not None:
         labels = f", labels {', '.join(manifest.processor.labels[:8])}" if manifest.processor.labels else ""
         rows["texts"] = f"at most {manifest.processor.max_length} tokens{labels}"
-    for variant in manifest.variants:
-        rows[variant.id] = variant.pipeline
+    if manifest.generation is not None:
+        rows["KV cache"] = f"{size_text(_cache_bytes(manifest.inputs))} a token"
+        rows["chat"] = "has a chat template" if manifest.generation.chat_template else "no chat template"
+    return rows | {variant.id: variant.pipeline for variant in manifest.variants}
+
+
+def _specs(specs: tuple[TensorSpec, ...]) -> str:
+    """Names, dtypes and shapes; of the tensors of a KV cache, the first pair and how many there are."""
+    cache = [spec for spec in specs if spec.name.startswith(("past_key_values.", "present."))]
+    left_out = {spec.name for spec in cache[2:]}
+    told = [f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs if spec.name not in left_out]
+    return ", ".join(told) + (f" … {len(cache) // 2} layers" if left_out else "")
+
+
+def _cache_bytes(inputs: tuple[TensorSpec, ...]) -> int:
+    """Bytes that a token takes in the KV cache."""
+    widths = {"float32": 4, "float16": 2}
+    cache = [spec for spec in inputs if spec.name.startswith("past_key_values.")]
+    return sum(int(spec.shape[1]) * int(spec.shape[3]) * widths.get(spec.dtype, 1) for spec in cache)
+
+
+def _inspect_model(source: str, as_json: bool) -> None:
+    from artifacts.errors import UnsupportedError
+
+    from .examine import examine
+
+    found = examine(source)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        told = {"name": found.name, "architecture": found.architecture, "task": found.task or "unknown"}
+        answer = "yes: hasten compile takes it" if found.supported else "no"
+        _print_rows(told | {name: str(value) for name, value in found.facts.items()} | {"supported": answer})
+    if not found.supported:
+        error = UnsupportedError(f"{found.name} cannot be compiled: {found.reason}")
+        error.told = as_json
+        raise error
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in rows.items():
-        table.add_row(Text(key, style="dim"), Text(value))
+        table.add_row(Text(key, style="dim"), Text(printable(value)))
     console().print(table)
-    for proof in opened.proof.variants:
-        console().print(proof_table(opened, proof))
 
 
 @click.command("verify", short_help="Check hashes, graphs and the golden test of a bundle.")

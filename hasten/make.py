@@ -68,7 +68,11 @@ class Size(click.ParamType[int]):
     help="What to compile for; repeatable: variants share their weights. auto: all that work here.",
 )
 @click.option(
-    "-r", "--recipe", default="balanced", show_default=True, help="Name (see `hasten recipes`) or .toml file."
+    "-r",
+    "--recipe",
+    default="balanced",
+    show_default=True,
+    help="Name (see `hasten recipes`) or .toml file. int8, int4 and int4-fast say the precision of a decoder.",
 )
 @click.option("--task", help="What the model does; by default what its architecture says.")
 @click.option("--pooling", type=click.Choice(["mean", "cls", "max", "none"]), help="How token vectors become one.")
@@ -76,7 +80,7 @@ class Size(click.ParamType[int]):
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Examples to calibrate with and to judge by: jsonl, csv, tsv, txt; npz for tensors.",
+    help="Examples to calibrate with and to judge by: jsonl, csv, tsv, txt (for decoders running text); npz tensors.",
 )
 @click.option("--columns", help="Columns of --data, by name or number: text=0,pair=1,label=2.")
 @click.option("--max-drop", type=Percentage(), help="Largest loss of quality allowed.  [default: 1%]")
@@ -87,7 +91,8 @@ class Size(click.ParamType[int]):
     type=click.IntRange(min=1),
     default=512,
     show_default=True,
-    help="Rows of --data to learn the ranges of activations from; never those that fidelity is judged on.",
+    help="Rows of --data to learn the ranges of activations from; never those that fidelity is judged on. "
+    "For decoders windows of 512 tokens, at most 128.",
 )
 @click.option(
     "--calibration-memory",
@@ -137,15 +142,17 @@ def recipes_command(as_json: bool) -> None:
 
     recipes = [load_recipe(name) for name in BUILT_IN]
     if as_json:
-        rows = [{"name": r.name, "description": r.description, "tune": r.tune, "stages": r.stages} for r in recipes]
+        names = ("name", "description", "tune", "stages", "generation")
+        rows = [{name: getattr(recipe, name) for name in names} for recipe in recipes]
         click.echo(json.dumps(rows, indent=1, default=dict))
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
     for heading in ("recipe", "what it does", "stages"):
         table.add_column(heading)
     for recipe in recipes:
-        stages = "\n".join(f"[dim]{target}[/] {', '.join(names)}" for target, names in recipe.stages.items())
-        table.add_row(f"[bold]{recipe.name}[/]", recipe.description, stages)
+        stages = [f"[dim]{target}[/] {', '.join(names)}" for target, names in recipe.stages.items()]
+        stages += [f"[dim]decoders, {target}[/] {', '.join(names)}" for target, names in recipe.generation.items()]
+        table.add_row(f"[bold]{recipe.name}[/]", recipe.description, "\n".join(stages))
     console().print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.table import Table
@@ -21,21 +22,11 @@ from .use import machine_options
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @machine_options
-def tune_command(
-    bundle: Path,
-    seconds: float,
-    as_json: bool,
-    device: str | None,
-    provider: str | None,
-    variant: str | None,
-    threads: int | None,
-) -> None:
+def tune_command(bundle: Path, as_json: bool, threads: int | None, **options: Any) -> None:
     """Measure threads, spinning, memory arena, lanes and batch size of BUNDLE here; later loads use what is best."""
     from runtimes.tune import tune_bundle
 
-    report = tune_bundle(
-        bundle, device=device, provider=provider, variant=variant, threads=threads or 0, seconds=seconds
-    )
+    report = tune_bundle(bundle, threads=threads or 0, **options)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1))
         return
@@ -61,16 +52,7 @@ def tune_command(
 @click.option("--length", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens of a row.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @machine_options
-def profile_command(
-    bundle: Path,
-    batch: int,
-    length: int,
-    as_json: bool,
-    device: str | None,
-    provider: str | None,
-    variant: str | None,
-    threads: int | None,
-) -> None:
+def profile_command(bundle: Path, batch: int, length: int, as_json: bool, threads: int | None, **options: Any) -> None:
     """Run BUNDLE with ONNX Runtime's profiler and show its kernels by kind, the costliest first.
 
     Profiling itself costs time: the shares are what counts.
@@ -79,15 +61,7 @@ def profile_command(
     from runtimes.kernels import shares
     from runtimes.profile import profile_bundle
 
-    kernels = profile_bundle(
-        open_bundle(bundle),
-        batch=batch,
-        length=length,
-        device=device,
-        provider=provider,
-        variant=variant,
-        threads=threads or 0,
-    )
+    kernels = profile_bundle(open_bundle(bundle), batch=batch, length=length, threads=threads or 0, **options)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(kernel) for kernel in kernels], indent=1))
         return

@@ -11,10 +11,12 @@ import onnx_ir as ir
 
 from artifacts.target import Target
 
-from .statistics import Activation
+from .statistics import Activation, Moments
 
 Observe = Callable[[ir.Model, Sequence[ir.Value]], Mapping[str, Activation]]
 """Runs a model, as it is now, on calibration data and tells what float values it saw, by name of the value."""
+ObserveMoments = Callable[[ir.Model, Sequence[ir.Value]], Mapping[str, Moments]]
+"""The same for second moments: K² numbers a value, so they are read when they are asked for, and not held."""
 
 
 class Effect(Enum):
@@ -72,10 +74,12 @@ class Context:
     Attributes:
         target: What the graph is compiled for.
         observe: Lent by whoever has calibration data; None where there is none.
+        moments: Lent with it, for what needs second moments; None where there is none.
     """
 
     target: Target
     observe: Observe | None = None
+    moments: ObserveMoments | None = None
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""What calibration knows of a value, in plain arrays: the accumulator that sees it batch by batch, and the result."""
+"""What calibration knows of a value, in plain arrays: accumulators that see it batch by batch, and their results."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ BINS = 2048
 """Bins of every histogram."""
 SAMPLE_ROWS = 512
 """Rows that a sample holds at most."""
+PRODUCT_ROWS = 512
+"""Rows whose products are summed in float32, at most."""
 _SMALLEST_REACH = 2.0**-64
 _CHUNK = 1 << 16
+_SQUARES = (2.0**-40, 2.0**56)
+"""Largest elements whose squares, `PRODUCT_ROWS` of them summed, stay far from both ends of float32."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,26 @@ class Activation:
     histogram: NDArray[np.int64]
     reach: float
     sample: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The second moments of one float32 value ``x [..., K]``: what the error of a linear operator is measured with.
+
+    For an error ``E [K, N]`` of the weight, the mean squared error of the product is ``trace(Eᵀ second E)``. Padding is
+    left out; rows are those of `Activation`.
+
+    Attributes:
+        rows: Number of rows seen; at least 1.
+        second: Mean of ``x xᵀ``, float64 [K, K], symmetric; for rows fewer than K it has no full rank.
+        absmax: Largest absolute value of each channel, float32 [K].
+        mean: Mean of each channel, float64 [K].
+    """
+
+    rows: int
+    second: NDArray[np.float64]
+    absmax: NDArray[np.float32]
+    mean: NDArray[np.float64]
 
 
 class NotFiniteError(ValueError):
@@ -95,15 +119,11 @@ class ActivationAccumulator:
             NotFiniteError: A ValueError: an element is NaN or infinite. The accumulator is as it was before.
             ValueError: K is not that of the arrays before. The accumulator is as it was before.
         """
-        values = np.asarray(array, np.float32)
-        values = values.reshape(-1, values.shape[-1]) if values.ndim and values.shape[-1] else values.reshape(-1, 1)
+        values = _as_rows(array)
         if not len(values):
             return
         channels = values.shape[1]
-        if self._rows and channels != len(self._low):
-            raise ValueError(f"{self.name} has {channels} channels, and {len(self._low)} before")
-        low, high = values.min(axis=0), values.max(axis=0)
-        self._check_finite(values, low, high)
+        low, high = _limits(self.name, values, len(self._low) if self._rows else channels)
         if not self._rows:
             self._low, self._high, self._total = low, high, np.zeros(channels)
             self._sample = np.empty((SAMPLE_ROWS, channels), np.float32)
@@ -135,14 +155,6 @@ class ActivationAccumulator:
             reach=self._reach or 1.0,
             sample=self._sample[np.argsort(self._places)],
         )
-
-    def _check_finite(self, values: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]) -> None:
-        # NaN goes through minimum and maximum, so these two tell of every element.
-        if np.isfinite(low).all() and np.isfinite(high).all():
-            return
-        row = int(np.argmin(np.isfinite(values).all(axis=1)))
-        found = values[row]
-        raise NotFiniteError(self.name, float(found[~np.isfinite(found)][0]), row)
 
     def _extend(self, largest: float) -> None:
         """Make the reach larger than ``largest``; nothing to do where all that was seen is zero."""
@@ -182,3 +194,96 @@ class ActivationAccumulator:
         self._places = np.concatenate([self._places, np.zeros(more, np.int64)])
         self._keys[slots] = keys[rows]
         self._places[slots] = self._rows + rows
+
+
+class MomentsAccumulator:
+    """Sees one value batch by batch and keeps what `Moments` holds, in constant memory: 8 K² bytes, half more at times.
+
+    The products of `PRODUCT_ROWS` rows at a time are summed in float32 and these sums in float64. A float32 sum of c
+    products is off by at most ``c 2^-24`` of the sum of their sizes to first order, in any order of summation (Higham
+    2002, section 3.1), so that each element of the result is off by less than ``c 2^-24 mean|x_i x_j| + 2^-126`` with
+    ``c = PRODUCT_ROWS``, however many rows there are. Numbers whose squares would leave float32 are multiplied in
+    float64.
+
+    Attributes:
+        name: What the value is called in an error.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Nothing is seen yet."""
+        self.name = name
+        self._rows = 0
+        self._second = np.zeros((0, 0))
+        self._absmax = np.zeros(0, np.float32)
+        self._total = np.zeros(0)
+
+    def update(self, array: NDArray[np.floating]) -> None:
+        """See ``array`` of shape [..., K], finite; other floats than float32 are converted to it.
+
+        Raises:
+            NotFiniteError: A ValueError: an element is NaN or infinite. The accumulator is as it was before.
+            ValueError: K is not that of the arrays before. The accumulator is as it was before.
+        """
+        values = _as_rows(array)
+        if not len(values):
+            return
+        channels = values.shape[1]
+        low, high = _limits(self.name, values, len(self._absmax) if self._rows else channels)
+        if not self._rows:
+            self._second = np.zeros((channels, channels))
+            self._absmax, self._total = np.zeros(channels, np.float32), np.zeros(channels)
+        np.maximum(self._absmax, np.maximum(-low, high), out=self._absmax)
+        for start in range(0, len(values), PRODUCT_ROWS):
+            chunk = values[start : start + PRODUCT_ROWS]
+            self._total += chunk.sum(axis=0, dtype=np.float64)
+            self._second += _products(chunk)
+        self._rows += len(values)
+
+    def result(self) -> Moments:
+        """All that was seen, as arrays of its own.
+
+        Raises:
+            ValueError: Nothing was.
+        """
+        if not self._rows:
+            raise ValueError(f"nothing was seen of {self.name}")
+        return Moments(
+            rows=self._rows,
+            second=self._second / self._rows,
+            absmax=self._absmax.copy(),
+            mean=self._total / self._rows,
+        )
+
+
+def _products(chunk: NDArray[np.float32]) -> NDArray[np.floating]:
+    """Sum of ``x xᵀ`` over the rows of ``chunk [n, K]``: float32 [K, K], or float64 where the squares ask for it."""
+    smallest, largest = _SQUARES
+    reach = max(-float(chunk.min()), float(chunk.max()))
+    if reach and not smallest <= reach < largest:
+        wide = chunk.astype(np.float64)
+        return wide.T @ wide
+    return chunk.T @ chunk
+
+
+def _as_rows(array: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Any array as float32 [n, K]; one without axes or without channels is a column."""
+    values = np.asarray(array, np.float32)
+    return values.reshape(-1, values.shape[-1]) if values.ndim and values.shape[-1] else values.reshape(-1, 1)
+
+
+def _limits(name: str, values: NDArray[np.float32], channels: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Smallest and largest value of each channel of ``values [n, K]``, n at least 1.
+
+    Raises:
+        NotFiniteError: An element is NaN or infinite.
+        ValueError: K is not ``channels``.
+    """
+    if values.shape[1] != channels:
+        raise ValueError(f"{name} has {values.shape[1]} channels, and {channels} before")
+    low, high = values.min(axis=0), values.max(axis=0)
+    # NaN goes through minimum and maximum, so these two tell of every element.
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        row = int(np.argmin(np.isfinite(values).all(axis=1)))
+        found = values[row]
+        raise NotFiniteError(name, float(found[~np.isfinite(found)][0]), row)
+    return low, high

@@ -217,12 +217,17 @@ def _medians(blocks: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def _shapes(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int]) -> list[tuple[Shape, Feeds]]:
     """(batch, length) and feeds of each shape; a graph with fixed extents has fewer shapes than asked for."""
+    manifest = bundle.manifest
+    if manifest.generation is not None:
+        from .generate.feeds import prompt_feeds  # what is written is measured by runtimes.generate.bench
+
+        return [((batch, length), prompt_feeds(manifest, batch, length)) for batch in batches for length in lengths]
     golden = load_golden(bundle).feeds
     rng = np.random.default_rng(_SEED)
     found: dict[Shape, Feeds] = {}
     for batch in batches:
         for length in lengths:
-            feeds = {s.name: synthetic(s, golden[s.name], batch, length, rng) for s in bundle.manifest.inputs}
+            feeds = {s.name: synthetic(s, golden[s.name], batch, length, rng) for s in manifest.inputs}
             first = next(iter(feeds.values())).shape
             found.setdefault((first[0] if first else 1, first[1] if len(first) > 1 else length), feeds)
     return list(found.items())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from artifacts.bundle import Bundle
@@ -43,7 +44,8 @@ class CandidateResult:
             or ``untried`` (unproven, and a proven one served).
         proven: The bundle's proof covers this variant on this provider.
         error: Golden error, relative L2; None where it was not measured or is infinite.
-        ms: Median milliseconds of the golden inputs; None where it was not timed.
+        ms: Median milliseconds of the golden inputs (of a decoder: geometric mean of that and of a step of one text);
+            None where it was not timed.
         fallback: Nodes that another provider runs.
         reason: One line.
     """
@@ -181,6 +183,10 @@ def _open(
     )
     try:
         check_golden(session, golden, variant.tolerance, candidate.name)
+        if bundle.manifest.generation is not None:
+            from .generate.check import check_written
+
+            check_written(session, bundle.manifest.inputs, golden, variant.tolerance, candidate.name)
     except HastenError:
         session.close()
         raise
@@ -307,6 +313,7 @@ class _Trial:
     def measure(self, tier: list[CandidateResult]) -> list[CandidateResult]:
         """Each candidate loaded and tested in a child of its own; those that are correct timed in turn."""
         from .client import interleave
+        from .generate.feeds import written_step
 
         results: list[CandidateResult] = []
         correct: dict[str, CandidateResult] = {}
@@ -325,13 +332,16 @@ class _Trial:
             if not correct:
                 return results
             try:
-                timings = interleave(workers, [self.golden.feeds], rounds=_ROUNDS, seconds=_BLOCK_SECONDS)
+                writes = self.bundle.manifest.generation is not None
+                shapes = [self.golden.feeds, *([written_step(self.bundle.manifest)] if writes else [])]
+                timings = interleave(workers, shapes, rounds=_ROUNDS, seconds=_BLOCK_SECONDS)
             except ProviderError as failure:  # A child died under load: time each by itself.
                 if len(correct) == 1:
                     only = next(iter(correct.values()))
                     return [*results, replace(only, status="failed", reason=failure.what)]
                 return [*results, *(result for one in correct.values() for result in self.measure([one]))]
-            return [*results, *(replace(one, ms=timings.ms(name, 0)) for name, one in correct.items())]
+            ms = {name: geometric_mean(timings.ms(name, index) for index in range(len(shapes))) for name in correct}
+            return [*results, *(replace(one, ms=ms[name]) for name, one in correct.items())]
 
     def _worker(self, candidate: CandidateResult) -> Worker:
         from .client import Worker

@@ -52,9 +52,10 @@ def load_golden(bundle: Bundle) -> Golden:
         arrays = _read(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         raise BundleError(f"{GOLDEN_NAME} of {bundle.path} cannot be read: {short_reason(error)}") from error
-    golden = Golden(
-        _expected(arrays, "input", bundle.manifest.inputs), _expected(arrays, "output", bundle.manifest.outputs)
-    )
+    outputs = bundle.manifest.outputs
+    if bundle.manifest.task == "text-generation":
+        outputs = outputs[:1]  # What a decoder leaves in its cache beyond a row's tokens is no result.
+    golden = Golden(_expected(arrays, "input", bundle.manifest.inputs), _expected(arrays, "output", outputs))
     known = len(golden.feeds) + len(golden.outputs)
     if known != len(arrays):
         raise BundleError(f"{GOLDEN_NAME} holds arrays that are no input or output of the model")

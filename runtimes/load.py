@@ -102,7 +102,8 @@ def explain(bundle: Bundle, decision: Decision, settings: Settings | None = None
 
 
 def _settings_line(manifest: Manifest, settings: Settings) -> str:
-    told = settings.describe(text=manifest.processor is not None)
+    # A decoder's texts go on together, row by row; it cuts nothing up into lanes.
+    told = settings.describe(text=manifest.processor is not None and manifest.generation is None)
     return f"{told} ({'tuned on this machine' if settings.tuned else 'the defaults, not tuned on this machine'})"
 
 

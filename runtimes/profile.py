@@ -27,7 +27,7 @@ def profile_bundle(
     Args:
         bundle: The bundle.
         batch: Rows of the input; random ids, nothing masked. Plain tensors are the golden inputs whatever it says.
-        length: Tokens of a row; at most the model's longest.
+        length: Tokens of a row; at most the model's longest. Of a decoder 1 is a step after 128 tokens.
         device: ``cpu``, ``cuda``, ``cuda:1``...; None: any.
         provider: Execution provider, full or short name; None: any.
         variant: Id of a variant; None: any.
@@ -40,12 +40,15 @@ def profile_bundle(
     from .bench import synthetic
     from .client import Worker
     from .decide import decide
+    from .generate.feeds import prompt_feeds, written_step
     from .golden import load_golden
 
     chosen = decide(bundle, device=device, provider=provider, variant=variant, threads=threads)
     golden = load_golden(bundle).feeds
     feeds = dict(golden)
-    if bundle.manifest.processor is not None:
+    if bundle.manifest.generation is not None:
+        feeds = written_step(bundle.manifest, batch) if length == 1 else prompt_feeds(bundle.manifest, batch, length)
+    elif bundle.manifest.processor is not None:
         rng, longest = np.random.default_rng(_SEED), min(length, bundle.manifest.processor.max_length)
         inputs: tuple[TensorSpec, ...] = bundle.manifest.inputs
         feeds = {spec.name: synthetic(spec, golden[spec.name], batch, longest, rng) for spec in inputs}

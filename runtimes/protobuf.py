@@ -82,20 +82,20 @@ def op_types(path: Path) -> dict[str, int]:
     counts: Counter[str] = Counter()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for model_field, start, end in _fields(data, 0, len(data)):
+            for model_field, start, end in fields(data, 0, len(data)):
                 if model_field != 7:
                     continue
-                for graph_field, first, last in _fields(data, start, end):
+                for graph_field, first, last in fields(data, start, end):
                     if graph_field == 1:
                         counts.update(
-                            data[a:b].decode() for node_field, a, b in _fields(data, first, last) if node_field == 4
+                            data[a:b].decode() for node_field, a, b in fields(data, first, last) if node_field == 4
                         )
     except (OSError, ValueError, IndexError) as error:
         raise ProviderError(f"{path.name} is not an ONNX model: {error}") from error
     return dict(sorted(counts.items()))
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """(field number, first byte, byte after the last) of every length-delimited field."""
     position = start
     while position < end:

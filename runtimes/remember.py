@@ -1,10 +1,14 @@
-"""Decisions and tuned settings kept between processes: one small JSON file each, in the user's cache folder."""
+"""Decisions and tuned settings kept between processes: one small JSON file each, in the user's cache folder.
+
+`keep` is how every file of that folder is written, of other kinds too.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,23 @@ if TYPE_CHECKING:
 
 _MOST_BYTES = 1 << 20
 T = TypeVar("T")
+
+
+def keep(path: Path, make: Callable[[Path], object]) -> None:
+    """Put a file into a cache, whole or not at all. A cache that cannot be written is no error.
+
+    Args:
+        path: Where; its folder need not be there, and what is there is replaced.
+        make: Makes the file under the path it is given, in the same folder; an OSError of its own is no error either.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            make(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def key(digest: str, device: str | None, provider: str | None, variant: str | None, threads: int) -> str:
@@ -84,11 +105,4 @@ def _read(path: Path, kind: type[T]) -> T | None:
 
 
 def _write(path: Path, value: object) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(encode_document(value))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    keep(path, lambda temporary: temporary.write_bytes(encode_document(value)))

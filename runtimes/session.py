@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.errors import ProviderError
+from artifacts.errors import ProviderError, UsageError
 from artifacts.manifest import SessionOptions, TensorSpec
 from artifacts.target import CPU_PROVIDER, CUDA_PROVIDER, OPENVINO_PROVIDER, TENSORRT_PROVIDER
 
@@ -95,6 +95,22 @@ class Session:
         except ORT_ERRORS as error:
             raise ProviderError(f"{find(self.provider).short} cannot run the model: {short_reason(error)}") from error
         return dict(zip(self._names, values, strict=True))
+
+    def bind(self, inputs: Feeds, outputs: Feeds) -> Binding:
+        """Tie every input and output of the graph to arrays of the caller's, for many runs.
+
+        Args:
+            inputs: By name; each run reads what they hold then.
+            outputs: By name, of the shapes that the graph computes; each run writes into them. An array that is also an
+                input is updated in place, if the graph and the provider can.
+
+        Raises:
+            UsageError: An array is not C-contiguous: it would be copied, and the copy updated.
+            ProviderError: The session is closed, or the arrays do not fit the graph.
+        """
+        if self._session is None:
+            raise ProviderError("the session is closed")
+        return Binding(self._session, self.provider, self._device_kind, inputs, outputs)
 
     def assignment(self) -> dict[str, tuple[tuple[str, str], ...]]:
         """(node name, operator type) by provider, as partitioned at load. Needs ``record_assignment=True``."""
@@ -193,6 +209,53 @@ class Session:
         self._session.run_with_iobinding(binding)
         outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
         return outputs
+
+
+class Binding:
+    """Arrays tied to the inputs and outputs of a session, see `Session.bind`. It keeps them and the session alive."""
+
+    def __init__(
+        self, session: ort.InferenceSession, provider: str, device: str, inputs: Feeds, outputs: Feeds
+    ) -> None:
+        self._session = session
+        self._provider = provider
+        # A device other than the CPU takes its copy of the inputs when they are bound: bind them for each run.
+        self._again = device != "cpu"
+        for name, array in (*inputs.items(), *outputs.items()):
+            if not array.flags.c_contiguous:
+                raise UsageError(f"the array for {name} is not C-contiguous", "Pass a contiguous one")
+        # On the CPU a value is the array's own memory; nothing is copied.
+        self._inputs, self._outputs = (
+            {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+            for arrays in (inputs, outputs)
+        )
+        self._arrays = (inputs, outputs)
+        self._binding = self._bound()
+
+    def run(self) -> None:
+        """Read the inputs, compute, write the outputs.
+
+        Raises:
+            ProviderError: Execution failed.
+        """
+        if self._again:
+            self._binding = self._bound()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except ORT_ERRORS as error:
+            short = find(self._provider).short
+            raise ProviderError(f"{short} cannot run the model: {short_reason(error)}") from error
+
+    def _bound(self) -> ort.IOBinding:
+        binding = self._session.io_binding()
+        try:
+            for name, value in self._inputs.items():
+                binding.bind_ortvalue_input(name, value)
+            for name, value in self._outputs.items():
+                binding.bind_ortvalue_output(name, value)
+        except ORT_ERRORS as error:
+            raise ProviderError(f"the arrays do not fit the graph: {short_reason(error)}") from error
+        return binding
 
 
 def _with_fallbacks(provider: str, told: dict[str, str]) -> list[tuple[str, dict[str, str]]]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from artifacts.bundle import Bundle, open_bundle
 from artifacts.errors import ProviderError, UsageError
-from artifacts.manifest import SessionOptions
+from artifacts.manifest import Manifest, SessionOptions
 from artifacts.proof import Machine
 from artifacts.target import CPU_PROVIDER
 
@@ -44,6 +44,7 @@ _BLOCK_SECONDS = 0.04
 _STEP_SECONDS = 120.0
 _SINGLE = ((1, 32), (1, 128))
 _LENGTHS = (16, 64)
+_PROMPT = 128
 _LEAST_TOKENS, _MOST_TOKENS = 128, 1 << 16
 _SEED = 20
 
@@ -175,7 +176,7 @@ def tune(
     default = default_settings(provider, device, threads)
     chosen = bundle.variant(variant)
     with _Search(bundle, chosen.model, chosen.session, provider, device, default, time.monotonic() + seconds) as search:
-        if bundle.manifest.processor is not None:
+        if bundle.manifest.processor is not None and bundle.manifest.generation is None:
             search.lanes()
             search.tokens()
         if threads == 0:
@@ -319,10 +320,12 @@ class _Search:
     def _inputs(self, settings: Settings, wide: bool) -> tuple[tuple[int, Arrays], ...]:
         from .bench import synthetic
 
-        processor = self._bundle.manifest.processor
-        if processor is None:
+        manifest = self._bundle.manifest
+        if manifest.processor is None:
             return ((1, self._golden),)
-        longest = processor.max_length
+        longest = manifest.processor.max_length
+        if manifest.generation is not None:
+            return _decoder_inputs(manifest)
         shapes: Sequence[tuple[int, int]] = _SINGLE
         if wide:
             shapes = [(max(1, settings.max_tokens // length), length) for length in _LENGTHS]
@@ -330,11 +333,19 @@ class _Search:
         made = [
             {
                 spec.name: synthetic(spec, self._golden[spec.name], rows, min(length, longest), rng)
-                for spec in self._bundle.manifest.inputs
+                for spec in manifest.inputs
             }
             for rows, length in shapes
         ]
         return tuple((next(iter(feeds.values())).size, feeds) for feeds in made)
+
+
+def _decoder_inputs(manifest: Manifest) -> tuple[tuple[int, Arrays], ...]:
+    """A prompt read, and a step after it: what a decoder does for one text."""
+    from .generate.feeds import prompt_feeds, written_step
+
+    feeds = (prompt_feeds(manifest, 1, _PROMPT), written_step(manifest))
+    return tuple((one["input_ids"].size, one) for one in feeds)
 
 
 def _race(champion: _Contestant, challenger: _Contestant) -> Ratio:

@@ -13,6 +13,7 @@ from artifacts.bundle import Bundle, BundleWriter, WeightStore
 from artifacts.digest import canonical_json, sha256_bytes
 from artifacts.manifest import (
     FileEntry,
+    Generation,
     Manifest,
     SessionOptions,
     Source,
@@ -21,6 +22,7 @@ from artifacts.manifest import (
     Variant,
 )
 from artifacts.proof import Fidelity, Machine, Proof, Speed, Step, VariantProof
+from artifacts.signature import STEP_INPUTS, cache_names
 from artifacts.ustar import header_of, padded
 
 CPU = "CPUExecutionProvider"
@@ -45,6 +47,33 @@ def a_manifest(weights: tuple[str, ...] = ()) -> Manifest:
             Variant("cpu-int8", "cpu", (CPU,), "cpu-int8.onnx", "int8", "clean", SessionOptions(), 0.05, weights[:1]),
         ),
         files=(),
+    )
+
+
+def decoder_specs(layers: int = 2, heads: int = 2, size: int = 8, vocabulary: int = 97, dtype: str = "float32"):
+    """(inputs, outputs) of a decoder's graph."""
+    shape = ("batch", heads, "capacity", size)
+    pairs = [pair for layer in range(layers) for pair in cache_names(layer)]
+    inputs = [TensorSpec(*one) for one in STEP_INPUTS] + [TensorSpec(old, dtype, shape) for old, _ in pairs]
+    outputs = [TensorSpec("logits", "float32", ("batch", "positions", vocabulary))]
+    return tuple(inputs), (*outputs, *(TensorSpec(new, dtype, shape) for _, new in pairs))
+
+
+def a_decoder_manifest() -> Manifest:
+    """A manifest of the task text-generation, its files listed."""
+    inputs, outputs = decoder_specs()
+    names = ("cpu-fp32.onnx", "processor/chat_template.jinja", "processor/tokenizer.json")
+    return Manifest(
+        name="tiny",
+        task="text-generation",
+        source=Source("org/tiny", "huggingface", f"sha256:{'1' * 64}", "LlamaForCausalLM"),
+        toolchain=(),
+        inputs=inputs,
+        outputs=outputs,
+        processor=TextProcessor("processor/tokenizer.json", 128, 0, "<pad>", 0, pairs=False),
+        variants=(Variant("cpu-fp32", "cpu", (CPU,), "cpu-fp32.onnx", "fp32", "", SessionOptions(), 1e-4, ()),),
+        files=tuple(FileEntry(name, 5, "c" * 64) for name in names),
+        generation=Generation((2,), 1, "processor/chat_template.jinja", (("bos_token", "<s>"), ("eos_token", "</s>"))),
     )
 
 

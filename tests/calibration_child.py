@@ -44,8 +44,15 @@ names = [spec.name for spec in exported.inputs]
 """
 
 
-def watch(folder: Path, kind: str, memory: int) -> dict[str, int | str]:
-    """Calibrate, and report by how many bytes this process grew at its height, or the error."""
+def watch(folder: Path, kind: str, memory: int, statistic: str) -> dict[str, int | str]:
+    """Calibrate, and report by how many bytes this process grew at its height, or the error.
+
+    Args:
+        folder: For graphs.
+        kind: Of graph and data.
+        memory: The cap.
+        statistic: Name of the method of a calibrator that gathers it.
+    """
     model, batches = _real(folder) if kind == "minilm" else made(kind)
     graphs = GraphFolder(folder)
     graphs.save(model)
@@ -65,7 +72,7 @@ def watch(folder: Path, kind: str, memory: int) -> dict[str, int | str]:
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the height is measured from here on
     try:
-        found = lent.observe(model, values)
+        found = getattr(lent, statistic)(model, values)
     except HastenError as error:
         return {"error": str(error)}
     grown = _status("VmHWM") - before

@@ -73,6 +73,8 @@ def test_the_commands() -> None:
             "unpack",
             "doctor",
             "run",
+            "chat",
+            "eval",
             "bench",
             "tune",
             "profile",

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny BERT: torch to bundle to vectors, in seconds."""
+"""The whole pipeline on a tiny BERT and a tiny Llama: torch to bundle to vectors and texts, in seconds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from judging import brief, faster
+from tiny_decoders import write_decoder
 
 import hasten
 from artifacts.bundle import Bundle
+from artifacts.errors import UnsupportedError, UsageError
 from compiler.compile import compile_model
 from compiler.export import export_model
 from compiler.source import read_source
@@ -87,3 +89,82 @@ def test_a_plan_repeats_a_compile_from_torch_byte_for_byte(
     assert again.digest == tiny_bundle.digest
     for entry in tiny_bundle.manifest.files:
         assert (again.path / entry.path).read_bytes() == (tiny_bundle.path / entry.path).read_bytes(), entry.path
+
+
+PROMPTS = ["the cat", "a", "Where does the river begin?"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_decoder(tmp_path_factory.mktemp("llama") / "tiny", hidden_size=64, head_dim=16, vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def decoder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """In int8, and the unoptimized graph beside it."""
+    with brief():
+        return compile_model(
+            llama, tmp_path_factory.mktemp("decoder") / "out", recipe="int8", keep_reference=True, max_drop=0.05
+        )
+
+
+def greedy(folder: Path, prompt: list[int], count: int, eos: tuple[int, ...]) -> list[int]:
+    """What torch writes."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = list(prompt)
+    while len(ids) < len(prompt) + count and (len(ids) == len(prompt) or ids[-1] not in eos):
+        with torch.inference_mode():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_decoder_writes_what_torch_writes(decoder: Bundle, llama: Path) -> None:
+    with hasten.load(decoder.path, variant="reference") as model:
+        batched = [list(text.tokens) for text in model.generate(PROMPTS, max_new_tokens=12, sample=False)]
+        prompts = [list(model.encoder.encode(prompt)) for prompt in PROMPTS]
+        eos = model.generation.eos
+    for prompt, found in zip(prompts, batched, strict=True):
+        wanted = greedy(llama, prompt, 12, eos)
+        assert found == wanted[: len(found)]
+        assert set(wanted[len(found) :]) <= set(eos), "the end token is no part of the text"
+
+
+def test_a_decoder_in_int8_is_small_and_keeps_its_perplexity(decoder: Bundle) -> None:
+    int8, reference = decoder.manifest.variants
+    assert (int8.id, int8.precision, reference.id) == ("cpu-int8", "int8", "reference")
+    assert "weight-only(bits=8)" in int8.pipeline
+    assert decoder.size("cpu-int8") < 0.6 * decoder.size("reference")
+    proof = decoder.proof.variants[0]
+    perplexity, agreement = proof.fidelity
+    assert (perplexity.metric, agreement.metric) == ("perplexity", "agreement")
+    assert abs(perplexity.drop) <= perplexity.budget == 0.05
+    assert perplexity.samples > 200
+    assert agreement.value > 0.8
+    assert 0.0 < proof.golden_error <= int8.tolerance < 0.2
+    assert [(speed.batch, speed.length) for speed in proof.speed] == [(1, 1), (8, 1), (1, 64)]
+    with hasten.load(decoder.path, variant="cpu-int8") as model:
+        text = model.generate("the cat", max_new_tokens=8, sample=False)
+        assert 0 < len(text.tokens) <= 8
+        assert model.perplexity("the river is long").value < 1e6
+
+
+@pytest.mark.slow
+def test_a_plan_repeats_the_compile_of_a_decoder_byte_for_byte(decoder: Bundle, llama: Path, tmp_path: Path) -> None:
+    with brief():
+        again = compile_model(llama, tmp_path / "again", plan=decoder.path, max_drop=0.05)
+    assert again.digest == decoder.digest
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_targets_that_have_no_operator_for_decoders(llama: Path, tmp_path: Path, target: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"target {target} does not run decoders: .* Compile for cpu or cuda"):
+        compile_model(llama, tmp_path / "out", targets=(target,), unproven=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_for_decoders_is_none_for_encoders(sentence_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="the recipe int4 is not for feature-extraction"):
+        compile_model(sentence_folder, tmp_path / "out", recipe="int4")

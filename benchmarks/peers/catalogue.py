@@ -64,6 +64,12 @@ PEERS = (
     Entry("ctranslate2_int8", "CTranslate2 int8"),
 )
 
+DECODER_PEERS = (
+    Entry("llama_cpp_gguf", "llama.cpp", quick=False),
+    Entry("onnxruntime_genai_int4", "onnxruntime-genai int4"),
+    Entry("transformers_generate", "transformers"),
+)
+
 
 def home() -> Path:
     """Folder of the peers' environments: ``HASTEN_PEERS``, else one in the user's cache."""
@@ -71,6 +77,6 @@ def home() -> Path:
     return Path(told) if told else Path.home() / ".cache" / "hasten-benchmarks" / "peers"
 
 
-def found() -> tuple[Entry, ...]:
-    """The peers whose environments are there."""
-    return tuple(peer for peer in PEERS if peer.python.is_file())
+def found(peers: tuple[Entry, ...] = PEERS) -> tuple[Entry, ...]:
+    """The peers, of those given, whose environments are there."""
+    return tuple(peer for peer in peers if peer.python.is_file())

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from protocol import Block, Ids, Peer, Setting, Tokenized, Vectors, cores, pool, serve
+from protocol import Block, Ids, Peer, Server, Setting, Tokenized, Vectors, cores, pool, serve
 
 TYPES = ("int8", "int8_float32", "int8_bfloat16")
 
@@ -70,4 +70,4 @@ class Encoder(Tokenized):
 
 
 if __name__ == "__main__":
-    serve(CTranslate2())
+    serve(Server(CTranslate2()))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from protocol import Ids, Peer, Setting, Vectors, serve
+from protocol import Ids, Peer, Server, Setting, Vectors, serve
 
 VARIANT = "HASTEN_BENCHMARK_VARIANT"
 
@@ -57,4 +57,4 @@ class Loaded(Setting):
 
 
 if __name__ == "__main__":
-    serve(Bundle())
+    serve(Server(Bundle()))

@@ -14,17 +14,18 @@ import subprocess
 import sys
 import venv
 
-from catalogue import PEERS, home
+from catalogue import DECODER_PEERS, PEERS, home
 
 
 def main() -> int:
-    names = [peer.name for peer in PEERS]
+    every = (*PEERS, *DECODER_PEERS)
+    names = [peer.name for peer in every]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="*", metavar="PEER", help=", ".join(names))
     wanted = parser.parse_args().peers or names
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"no peer {unknown[0]!r}; there are {', '.join(names)}")
-    chosen = {peer.environment: peer for peer in PEERS if peer.name in wanted}
+    chosen = {peer.environment: peer for peer in every if peer.name in wanted}
     failed = []
     for environment, peer in chosen.items():
         folder = home() / environment

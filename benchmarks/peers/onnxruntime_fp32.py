@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from onnxruntime_settings import export, settings
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 
 
 class OnnxRuntimeFloat(Peer):
@@ -20,4 +20,4 @@ class OnnxRuntimeFloat(Peer):
 
 
 if __name__ == "__main__":
-    serve(OnnxRuntimeFloat())
+    serve(Server(OnnxRuntimeFloat()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from onnxruntime_settings import export, settings
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 
 
 class OnnxRuntimeInt8(Peer):
@@ -25,4 +25,4 @@ class OnnxRuntimeInt8(Peer):
 
 
 if __name__ == "__main__":
-    serve(OnnxRuntimeInt8())
+    serve(Server(OnnxRuntimeInt8()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from openvino_settings import convert, settings
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 
 
 class OpenVINONative(Peer):
@@ -23,4 +23,4 @@ class OpenVINONative(Peer):
 
 
 if __name__ == "__main__":
-    serve(OpenVINONative())
+    serve(Server(OpenVINONative()))

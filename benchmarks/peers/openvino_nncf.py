@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from openvino_settings import convert, settings
-from protocol import CALIBRATION_SENTENCES, Peer, Setting, read_tokenizer, serve
+from protocol import CALIBRATION_SENTENCES, Peer, Server, Setting, read_tokenizer, serve
 
 
 class OpenVINOQuantized(Peer):
@@ -49,4 +49,4 @@ def quantize(model: Path, texts: Sequence[str], work: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(OpenVINOQuantized())
+    serve(Server(OpenVINOQuantized()))

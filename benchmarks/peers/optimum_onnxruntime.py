@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import Ids, Peer, Setting, Tokenized, Vectors, serve
+from protocol import Ids, Peer, Server, Setting, Tokenized, Vectors, serve
 
 LEVELS = ("O1", "O2", "O3")
 
@@ -62,4 +62,4 @@ class Optimum(Peer):
 
 
 if __name__ == "__main__":
-    serve(Optimum())
+    serve(Server(Optimum()))

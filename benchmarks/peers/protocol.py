@@ -1,7 +1,7 @@
 """The peer's side of docs/peers.md, for peers that try several settings and keep the best. Imports nothing of hasten.
 
-A peer script defines a `Peer` whose `load` gives its settings, and ends in ``serve(MyPeer())``. It reads requests from
-stdin, or loads at once when started with ``--model``. What libraries print to stdout goes to stderr.
+A peer script defines a `Peer` whose `load` gives its settings, and ends in ``serve(Server(MyPeer()))``. It reads
+requests from stdin, or loads at once when started with ``--model``. What libraries print to stdout goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,14 +190,21 @@ class Server:
         return self._settings
 
 
-def serve(peer: Peer) -> None:
+class Answering(Protocol):
+    """What answers requests: `Server`, or another benchmark's."""
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply to a request."""
+        ...
+
+
+def serve(server: Answering) -> None:
     """Answer requests until ``exit`` or the end of stdin, which ends the process whatever it is doing."""
     options = _arguments()
     answers = _protect_stdout()
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="peer-", ignore_cleanup_errors=True) as folder:
         threading.Thread(target=_listen, args=(requests, folder), daemon=True).start()
-        server = Server(peer)
         failed = None
         if options.model:
             loaded = server.answer({"op": "load", "work": folder, **vars(options)})

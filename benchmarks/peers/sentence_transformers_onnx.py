@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 from sentence_encoder import Encoder
 
 FILES = {
@@ -46,4 +46,4 @@ def build(model: Path, saved: Path, name: str) -> Setting:
 
 
 if __name__ == "__main__":
-    serve(SentenceTransformersOnnx())
+    serve(Server(SentenceTransformersOnnx()))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from protocol import CALIBRATION_SENTENCES, Peer, Setting, serve
+from protocol import CALIBRATION_SENTENCES, Peer, Server, Setting, serve
 from sentence_encoder import Encoder
 
 EXPORTED, QUANTIZED = "openvino_model.xml", "openvino_model_qint8_quantized.xml"
@@ -64,4 +64,4 @@ def quantize(saved: Path, texts: Sequence[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(SentenceTransformersOpenVINO())
+    serve(Server(SentenceTransformersOpenVINO()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 from sentence_encoder import Encoder
 
 
@@ -30,4 +30,4 @@ def build(model: Path, precision: str) -> Setting:
 
 
 if __name__ == "__main__":
-    serve(SentenceTransformersTorch())
+    serve(Server(SentenceTransformersTorch()))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 from torch_encoder import TorchSetting, sentence_encoder
 
 
@@ -47,4 +47,4 @@ def build(model: Path, kind: type[TorchSetting], dtype: torch.dtype, frozen: boo
 
 
 if __name__ == "__main__":
-    serve(TorchCompile())
+    serve(Server(TorchCompile()))

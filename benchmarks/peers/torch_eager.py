@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from protocol import Peer, Setting, serve
+from protocol import Peer, Server, Setting, serve
 from torch_encoder import TorchSetting, sentence_encoder
 
 
@@ -23,4 +23,4 @@ class TorchEager(Peer):
 
 
 if __name__ == "__main__":
-    serve(TorchEager())
+    serve(Server(TorchEager()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from artifacts.errors import DataError
-from artifacts.manifest import TextProcessor
+from artifacts.manifest import TensorSpec, TextProcessor
 from runtimes.text import Tokens, pad
 
+from ..generation import prefill
 from ..shorten import LONGEST, shortened
 
 Feeds = Mapping[str, NDArray[Any]]
@@ -30,7 +31,8 @@ class Batch:
     """Feeds of a graph, and which examples they are made of.
 
     Attributes:
-        feeds: Arrays by name of the graph's input; no padding in them.
+        feeds: Arrays by name of the graph's input; no padding in them. Where the rows are apart, an array without axes
+            belongs to all examples.
         examples: Numbers of the examples in the user's data, in the order of the first axis; a single one where the
             whole batch is one example.
     """
@@ -41,18 +43,25 @@ class Batch:
     @property
     def elements(self) -> int:
         """Elements of the feeds of one example."""
-        return sum(int(array.size) for array in self.feeds.values()) // max(1, len(self.examples))
+        sizes = [array.size // max(1, len(self.examples)) if array.ndim else 1 for array in self.feeds.values()]
+        return sum(sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the feeds; an array that several inputs share counts once."""
+        return sum({id(array): array.nbytes for array in self.feeds.values()}.values())
 
     def twice(self) -> Batch:
         """Every example two times."""
-        feeds = {name: np.concatenate([array, array]) for name, array in self.feeds.items()}
+        feeds = {name: np.concatenate([array, array]) if array.ndim else array for name, array in self.feeds.items()}
         return Batch(feeds, (*self.examples, *self.examples))
 
     def part(self, start: int, stop: int) -> Batch:
         """Some of its examples. The arrays are views."""
         if stop - start >= len(self.examples):
             return self
-        return Batch({name: array[start:stop] for name, array in self.feeds.items()}, self.examples[start:stop])
+        feeds = {name: array[start:stop] if array.ndim else array for name, array in self.feeds.items()}
+        return Batch(feeds, self.examples[start:stop])
 
 
 def place(examples: Sequence[int]) -> str:
@@ -70,8 +79,8 @@ class Batches:
 
     Attributes:
         make: Begins it: the same batches every time.
-        rows_apart: Each index of the first axis of every input is an example of its own, so that a batch may be cut
-            into smaller ones. Where it is not said, a batch is one example.
+        rows_apart: Each index of the first axis of every input that has axes is an example of its own, so that a batch
+            may be cut into smaller ones. Where it is not said, a batch is one example.
         notes: What the user should know: texts that were cut.
     """
 
@@ -102,19 +111,46 @@ def text_batches(
     """
     cut = sum(len(row) > longest for row in rows)
     limited = [shortened(row, longest) for row in rows]
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for number, row in enumerate(limited):
-        by_length[max(1, len(row))].append(number)
 
     def make() -> Iterator[Batch]:
-        for length, numbers in sorted(by_length.items()):
-            step = max(1, most_tokens // length)
-            for start in range(0, len(numbers), step):
-                chosen = tuple(numbers[start : start + step])
-                yield Batch(pad([limited[number] for number in chosen], names, processor), chosen)
+        for chosen in _alike(limited, most_tokens):
+            yield Batch(pad([limited[number] for number in chosen], names, processor), chosen)
 
     notes = (f"{cut} of {len(rows)} texts were cut to {longest} tokens for calibration",) if cut else ()
     return Batches(make, rows_apart=True, notes=notes)
+
+
+def token_batches(
+    windows: Sequence[NDArray[np.int64]], inputs: Sequence[TensorSpec], *, most_tokens: int = MOST_TOKENS
+) -> Batches:
+    """Batches of prompts for a decoder graph, see docs/format.md: all of one length, so none is padded; shortest first.
+
+    Logits are asked for at every position, so that the head's input is seen there too.
+
+    Args:
+        windows: Token ids, int64 [length] each, at least one token; as they are, no longer than the model allows.
+        inputs: Of the graph.
+        most_tokens: Tokens of a batch, at most; a single window may have more.
+    """
+
+    def make() -> Iterator[Batch]:
+        for chosen in _alike(windows, most_tokens):
+            rows = [windows[number] for number in chosen]
+            every = np.tile(np.arange(len(rows[0]), dtype=np.int64), (len(rows), 1))
+            yield Batch(prefill(rows, inputs, every), chosen)
+
+    return Batches(make, rows_apart=True)
+
+
+def _alike(rows: Sequence[Sized], most_tokens: int) -> Iterator[tuple[int, ...]]:
+    """The numbers of rows of one length, ``most_tokens`` together or a single row; shortest first."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        by_length[len(row)].append(number)
+    for length, numbers in sorted(by_length.items()):
+        step = max(1, most_tokens // max(1, length))
+        for start in range(0, len(numbers), step):
+            yield tuple(numbers[start : start + step])
 
 
 def tensor_batches(feeds: Sequence[Feeds] | Callable[[], Iterable[Feeds]], *, rows_apart: bool = False) -> Batches:
@@ -142,9 +178,11 @@ class Survey:
     """What one look at all batches tells.
 
     Attributes:
-        digest: SHA-256 of names, types, shapes and content of all feeds, in hexadecimal.
+        digest: SHA-256 of names, types, shapes and content of all feeds, in hexadecimal; the name of the first stands
+            for the content of an array that several inputs of a batch share.
         examples: How many there are.
         shapes: (examples in the batch, elements of an example) of every batch, without duplicates.
+        bytes: Of the feeds of a batch, at most.
         smallest: The example with the fewest elements.
         largest: The one with the most.
     """
@@ -152,6 +190,7 @@ class Survey:
     digest: str
     examples: int
     shapes: frozenset[tuple[int, int]]
+    bytes: int
     smallest: Batch
     largest: Batch
 
@@ -166,15 +205,14 @@ def survey(batches: Batches, inputs: Sequence[ir.Value]) -> Survey:
     digest = hashlib.sha256()
     shapes: set[tuple[int, int]] = set()
     found: dict[bool, Batch] = {}
-    examples = 0
+    examples = most_bytes = 0
     for batch in batches:
         check(batch, inputs, rows_apart=batches.rows_apart)
         if not batch.examples or not all(array.size for array in batch.feeds.values()):
             continue
-        for name, array in sorted(batch.feeds.items()):
-            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        _digest(batch.feeds, digest.update)
         examples += len(batch.examples)
+        most_bytes = max(most_bytes, batch.bytes)
         shapes.add((len(batch.examples), batch.elements))
         for largest in (False, True):
             known = found.get(largest)
@@ -182,7 +220,17 @@ def survey(batches: Batches, inputs: Sequence[ir.Value]) -> Survey:
                 found[largest] = batch.part(0, 1)
     if not found:
         raise DataError("there is no calibration data", "It needs at least one example")
-    return Survey(digest.hexdigest(), examples, frozenset(shapes), found[False], found[True])
+    return Survey(digest.hexdigest(), examples, frozenset(shapes), most_bytes, found[False], found[True])
+
+
+def _digest(feeds: Feeds, update: Callable[[bytes | memoryview], None]) -> None:
+    first: dict[int, str] = {}
+    for name, array in sorted(feeds.items()):
+        update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        if first.setdefault(id(array), name) == name:
+            update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        else:
+            update(f"{first[id(array)]}\n".encode())
 
 
 def check(batch: Batch, inputs: Sequence[ir.Value], *, rows_apart: bool) -> None:
@@ -198,7 +246,7 @@ def check(batch: Batch, inputs: Sequence[ir.Value], *, rows_apart: bool) -> None
         if name not in known:
             raise DataError(f"{DATA} has {name!r}; the model takes {', '.join(known)}", "Leave it out, or rename it")
         _check_array(name, array, known[name], batch)
-        if rows_apart and (not array.ndim or len(array) != len(batch.examples)):
+        if rows_apart and array.ndim and len(array) != len(batch.examples):
             raise DataError(
                 f"{name} is {list(array.shape)} in a batch of {len(batch.examples)} examples of {DATA}",
                 "The first axis of every input must be as long",

@@ -6,31 +6,32 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from artifacts.errors import DataError
-from passes.statistics import Activation, ActivationAccumulator, NotFiniteError
+from passes.statistics import Activation, Moments, NotFiniteError
 from runtimes.environment import onnxruntime as ort
 
 from ..graphs import GraphFolder
 from .batches import DATA, Batch, Batches, Survey, place, survey
-from .footprint import Footprint, measure
+from .footprint import measure
 from .instrument import instrument, saved
 from .plan import Group, plan
 from .session import CalibrationSession, give_back
-from .store import recall, remember
+from .statistic import Accumulator, Activations, SecondMoments, Seen, Statistic
 
 Announce = Callable[[str, float], None]
-_VERSION = 1
-_SILENCE = 0.02
+_VERSION = 2
+_SILENCE = 0.05
 
 
 @dataclass
 class Calibrator:
-    """Runs graphs on calibration data; its `observe` is what a pass is lent.
+    """Runs graphs on calibration data; its `observe` and its `moments` are what a pass is lent.
 
     Attributes:
         batches: The data.
@@ -66,26 +67,25 @@ class Calibrator:
             ProviderError: ONNX Runtime cannot load the graph.
             ValueError: A value is none of the main graph's, or holds no floats.
         """
-        values = tuple(dict.fromkeys(values))
-        if not values:
-            return {}
-        found = self._survey(model)
-        names = [value.name or "" for value in values]
-        key = self._key(model, values, found) if self.cache else ""
-        known = recall(key, names) if key else None
-        if known is not None:
-            return known
-        apart = self.batches.rows_apart
-        footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads)
-        groups = plan(footprint, found, self.memory)
-        activations: dict[str, Activation] = {}
-        for turn, group in enumerate(groups):
-            progress = _Progress(self.announce, found.examples * len(groups), found.examples * turn)
-            activations |= self._pass(model, [values[index] for index in group.values], group, footprint, progress)
-        activations = {name: activations[name] for name in names}
-        if key:
-            remember(key, activations)
-        return activations
+        return self._gather(model, values, Activations(self.seed))
+
+    def moments(self, model: ir.Model, values: Sequence[ir.Value]) -> Mapping[str, Moments]:
+        """Second moments of the values over the data, by name; a value that several operators read is seen once.
+
+        As many values are seen in one pass over the data as there is memory for their sums, 8 K² bytes each. What is
+        complete goes to a file, so that the mapping takes no memory: each of its items is read when it is asked for.
+        The files, 2 K² bytes each, go when the mapping does.
+
+        Args:
+            model: As for `observe`.
+            values: As for `observe`.
+
+        Raises:
+            OutputError: The files cannot be written.
+            HastenError: As `observe`.
+            ValueError: As `observe`.
+        """
+        return self._gather(model, values, SecondMoments())
 
     @property
     def used(self) -> str:
@@ -100,11 +100,47 @@ class Calibrator:
         """
         return self._survey(model).digest
 
+    def _gather(self, model: ir.Model, values: Sequence[ir.Value], statistic: Statistic[Seen]) -> Mapping[str, Seen]:
+        values = tuple(dict.fromkeys(values))
+        if not values:
+            return {}
+        found = self._survey(model)
+        names = [value.name or "" for value in values]
+        key = self._key(model, values, found, statistic) if self.cache else ""
+        known = statistic.recall(key, names, self.folder.path) if key else None
+        if known is not None:
+            return known
+        results = statistic.collect(names, self._results(model, values, found, statistic), self.folder.path)
+        if key:
+            statistic.remember(key, results)
+        return results
+
+    def _results(
+        self, model: ir.Model, values: Sequence[ir.Value], found: Survey, statistic: Statistic[Seen]
+    ) -> Iterator[tuple[str, Seen]]:
+        """Each value with what was seen of it, group by group, in as many passes over the data."""
+        apart = self.batches.rows_apart
+        footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads)
+        groups = plan(footprint, found, self.memory, statistic)
+        for turn, group in enumerate(groups):
+            progress = _Progress(self.announce, found.examples * len(groups), found.examples * turn)
+            chosen = [values[index] for index in group.values]
+            seen = {value.name or "": statistic.accumulator(value.name or "") for value in chosen}
+            flat = [not footprint.channels[index] for index in group.values]
+            self._pass(model, chosen, group, list(zip(seen.values(), flat, strict=True)), progress)
+            # One by one, so that statistics are there twice for one value only.
+            for name in list(seen):
+                yield name, _result(seen.pop(name))
+
     def _pass(
-        self, model: ir.Model, values: Sequence[ir.Value], group: Group, footprint: Footprint, progress: _Progress
-    ) -> dict[str, Activation]:
-        seen = {value.name or "": ActivationAccumulator(value.name or "", seed=self.seed) for value in values}
-        flat = [not footprint.channels[index] for index in group.values]
+        self,
+        model: ir.Model,
+        values: Sequence[ir.Value],
+        group: Group,
+        seen: Sequence[tuple[Accumulator[Any], bool]],
+        progress: _Progress,
+    ) -> None:
+        """Show every batch to the accumulators of the values; beside each, whether it sees one channel."""
         with (
             saved(instrument(model, values), self.folder) as path,
             CalibrationSession(path, threads=self.threads) as session,
@@ -112,12 +148,10 @@ class Calibrator:
             for batch in _parts(self.batches, group.elements):
                 outputs = session.run(batch)
                 # Each is let go as soon as it is seen.
-                for accumulator, one_channel in zip(reversed(seen.values()), reversed(flat), strict=True):
+                for accumulator, one_channel in reversed(seen):
                     _see(accumulator, outputs.pop(), batch, one_channel=one_channel)
                 give_back()
                 progress.add(len(batch.examples))
-        # One by one, so that statistics are there twice for one value only.
-        return {name: _result(seen.pop(name)) for name in list(seen)}
 
     def _survey(self, model: ir.Model) -> Survey:
         inputs = tuple(model.graph.inputs)
@@ -126,12 +160,12 @@ class Calibrator:
             self._surveys[signature] = survey(self.batches, inputs)
         return self._surveys[signature]
 
-    def _key(self, model: ir.Model, values: Sequence[ir.Value], found: Survey) -> str:
+    def _key(self, model: ir.Model, values: Sequence[ir.Value], found: Survey, statistic: Statistic[Any]) -> str:
         """Digest of all that the result depends on; the graph names its weights by their content."""
         with saved(instrument(model, values), self.folder) as path:
             graph = hashlib.sha256(path.read_bytes()).hexdigest()
         names = [value.name for value in values]
-        told = [_VERSION, ort.__version__, graph, names, found.digest, self.seed]
+        told = [_VERSION, ort.__version__, repr(statistic), graph, names, found.digest]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -161,7 +195,7 @@ def _parts(batches: Batches, elements: int) -> Iterator[Batch]:
             yield batch.part(start, min(start + step, count))
 
 
-def _see(accumulator: ActivationAccumulator, output: NDArray[np.float32], batch: Batch, *, one_channel: bool) -> None:
+def _see(accumulator: Accumulator[Any], output: NDArray[np.float32], batch: Batch, *, one_channel: bool) -> None:
     try:
         accumulator.update(output.reshape(-1, 1) if one_channel else output)
     except NotFiniteError as error:
@@ -174,7 +208,7 @@ def _see(accumulator: ActivationAccumulator, output: NDArray[np.float32], batch:
         raise DataError(f"{error}: {place(batch.examples)}", "Give examples of one shape") from error
 
 
-def _result(accumulator: ActivationAccumulator) -> Activation:
+def _result(accumulator: Accumulator[Seen]) -> Seen:
     try:
         return accumulator.result()
     except ValueError as error:

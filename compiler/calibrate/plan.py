@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from artifacts.errors import UsageError
-from passes.statistics import BINS, SAMPLE_ROWS
 
 from .batches import Survey
 from .footprint import Footprint
+from .statistic import Statistic
 
 _AROUND = 40 * 10**6
 """Bytes for what has no size of its own: ONNX Runtime's code and threads, one chunk of the statistics."""
@@ -31,21 +32,22 @@ class Group:
     elements: int
 
 
-def plan(footprint: Footprint, found: Survey, memory: int) -> tuple[Group, ...]:
+def plan(footprint: Footprint, found: Survey, memory: int, statistic: Statistic[Any]) -> tuple[Group, ...]:
     """Groups that fit: as few as can be, and then with batches as large as can be.
 
     Batches are halved before values are divided; only where a single example of the largest kind leaves no room for all
-    values are there several groups, and so several passes over the data.
+    values, or where their statistics leave none, are there several groups, and so several passes over the data.
 
     Args:
         footprint: Of the graph with all values.
         found: The sizes of the examples.
         memory: Bytes that may be taken.
+        statistic: What is gathered.
 
     Raises:
         UsageError: One value and one example do not fit; says what would.
     """
-    budget = _Budget(footprint, found, memory)
+    budget = _Budget(footprint, found, memory, statistic)
     every = range(len(footprint.values))
     least = max(budget.need((value,), 1) for value in every)
     if least > memory:
@@ -68,6 +70,7 @@ class _Budget:
     footprint: Footprint
     found: Survey
     memory: int
+    statistic: Statistic[Any]
 
     def largest(self, values: Sequence[int]) -> int:
         limit = max(examples * elements for examples, elements in self.found.shapes)
@@ -82,14 +85,13 @@ class _Budget:
             for examples, elements in self.found.shapes
         }  # fmt: skip
         run = max(self.footprint.peak(examples, elements, values) for examples, elements in shapes)
-        feeds = max(8 * examples * elements for examples, elements in self.found.shapes)
-        return self._held() + 2 * feeds + _MARGIN * run
+        return self._held(values) + 2 * self.found.bytes + _MARGIN * run
 
-    def _held(self) -> float:
-        """What stays for the whole of it: weights, and the statistics of all values."""
-        # Limits and totals, the sample with its keys, and once more while a result is copied out.
-        statistics = [
-            8 * BINS + max(1, channels) * (16 + 4 * SAMPLE_ROWS) + 16 * SAMPLE_ROWS
-            for channels in self.footprint.channels
+    def _held(self, values: Sequence[int]) -> float:
+        """What stays for the whole of a pass: weights, and statistics of its values, or of all where results stay."""
+        known = self.footprint.channels
+        counted = [
+            max(1, channels) for channels in (known if self.statistic.stays else [known[value] for value in values])
         ]
-        return _AROUND + self.footprint.weights + sum(statistics) + max(statistics)
+        held = sum(self.statistic.held(channels) for channels in counted)
+        return _AROUND + self.footprint.weights + held + max(self.statistic.besides(channels) for channels in counted)

@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from passes.statistics import BINS, SAMPLE_ROWS, Activation
 from runtimes.environment import cache_directory
+from runtimes.remember import keep
 
 MOST_BYTES = 256 << 20
 """Size of all that is kept; the oldest goes first."""
+_KIND = "calibration"
 _NAMES = "names"
 _FIELDS = tuple(field.name for field in fields(Activation))
 
 
 def recall(key: str, names: Sequence[str]) -> dict[str, Activation] | None:
     """The statistics kept under a key; None if there are none of these values, or the file is damaged."""
-    path = _path(key)
+    path = cache_path(_KIND, key)
     try:
         if path.stat().st_size > MOST_BYTES:
             return None
@@ -44,17 +46,31 @@ def remember(key: str, activations: Mapping[str, Activation]) -> None:
         arrays |= {f"{index}.{name}": np.asarray(getattr(activation, name)) for name in _FIELDS}
     if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
         return
-    path = _path(key)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes the names for its own options
+
+    path = cache_path(_KIND, key)
+    keep(path, write)
+    bound(path.parent, MOST_BYTES)
+
+
+def cache_path(kind: str, name: str) -> Path:
+    """Where a file of arrays is kept."""
+    return cache_directory() / kind / f"{name}.npz"
+
+
+def bound(folder: Path, most_bytes: int) -> None:
+    """Delete the oldest files of a cache until the rest is small enough; what cannot be deleted stays."""
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes the names for its own options
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _bound(path.parent)
+        known = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir())
+        excess = sum(size for _, size, _ in known) - most_bytes
+        for _, size, path in known:
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
 
 
 def _read(archive: Mapping[str, NDArray[Any]], index: int) -> Activation:
@@ -74,18 +90,3 @@ def _read(archive: Mapping[str, NDArray[Any]], index: int) -> Activation:
     if not (found.rows > 0 and 0.0 < found.reach < np.inf and found.histogram.sum() == found.rows * channels):
         raise ValueError("the numbers do not fit together")
     return found
-
-
-def _bound(folder: Path) -> None:
-    """Delete the oldest files until the rest is small enough."""
-    known = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir())
-    excess = sum(size for _, size, _ in known) - MOST_BYTES
-    for _, size, path in known:
-        if excess <= 0:
-            return
-        path.unlink(missing_ok=True)
-        excess -= size
-
-
-def _path(key: str) -> Path:
-    return cache_directory() / "calibration" / f"{key}.npz"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..source import ModelSource
+from ..tasks import GENERATION
 from .exported import Arrays, Exported, Reference
 
 __all__ = ["Arrays", "Exported", "Reference", "export_model"]
@@ -20,6 +21,10 @@ def export_model(source: ModelSource, *, seed: int = 0) -> Exported:
         from .onnx_import import import_onnx
 
         return import_onnx(source)
+    if source.task == GENERATION:
+        from .decoder import export_decoder
+
+        return export_decoder(source, seed=seed)
     from .torch_export import export_torch
 
     return export_torch(source, seed=seed)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from artifacts.manifest import TensorSpec, TextProcessor
+from artifacts.manifest import Generation, TensorSpec, TextProcessor
 
 Arrays = dict[str, NDArray[np.generic]]
 Reference = Callable[[Mapping[str, NDArray[np.generic]]], Arrays]
@@ -24,13 +24,16 @@ class Exported:
         inputs: Its inputs, in order.
         outputs: Its outputs, in order.
         reference: Runs the original torch model in float32: ``reference(feeds) -> outputs``. None for an .onnx source:
-            the file itself is the reference.
+            the file itself is the reference. That of a language model takes the feeds of a prefill, whose KV buffers
+            it does not read, and gives ``logits`` only.
         processor: How texts become ids; None for plain tensors.
         files: Files that the processor needs: path in the bundle -> content.
         attentions_expected: Attention layers the architecture has; 0 for an .onnx source.
-        attentions_emitted: How many were emitted as com.microsoft::MultiHeadAttention.
+        attentions_emitted: How many were emitted as com.microsoft::MultiHeadAttention, in a language model as
+            com.microsoft::GroupQueryAttention.
         attention_refusal: Why they were not; empty if they were.
         error: Largest relative L2 distance to torch found by the self-check; 0 for an .onnx source.
+        generation: How a language model begins, ends and samples a text; None for every other task.
     """
 
     model: ir.Model
@@ -43,6 +46,7 @@ class Exported:
     attentions_emitted: int = 0
     attention_refusal: str = ""
     error: float = 0.0
+    generation: Generation | None = None
 
 
 def tensor_specs(values: tuple[ir.Value, ...]) -> tuple[TensorSpec, ...]:

@@ -30,6 +30,7 @@ def tidy(
     for value in list(model.graph.initializers.values()):
         _rename_initializer(model, value, str(value.name).removeprefix(f"{prefix}."))
     _name_tied(model, parameters)
+    _split_tied(model, parameters)
     _name_transposed(model, parameters)
     for value, name in zip(model.graph.outputs, outputs, strict=True):
         value.name = f"__output_{name}"
@@ -84,15 +85,40 @@ def _rename_initializer(model: ir.Model, value: ir.Value, name: str) -> None:
 def _name_tied(model: ir.Model, parameters: Mapping[str, NDArray[np.generic]]) -> None:
     """Of the names of a tied parameter, take that of the module which reads it as it is (the embedding's)."""
     for node in model.graph:
+        if node.op_type == "Transpose":
+            continue
         for value in node.inputs:
             if value is None or value.name is None or value.name not in parameters:
                 continue
             if value.name not in model.graph.initializers:
                 continue
-            for path in _candidates(node, parameters):
+            for path in weights_around(node, parameters):
                 if path not in model.graph.initializers and _same_memory(parameters[path], parameters[value.name]):
                     _rename_initializer(model, value, path)
                     break
+
+
+def _split_tied(model: ir.Model, parameters: Mapping[str, NDArray[np.generic]]) -> None:
+    """Give the product of a tied parameter a matrix of its own: its name, the memory of the other, ready for MatMul.
+
+    The exporter leaves a Transpose of the table that the embedding reads, to be computed in each run.
+    """
+    for node in list(model.graph):
+        table = node.inputs[0] if node.op_type == "Transpose" else None
+        if table is None or table.name is None or table.name not in model.graph.initializers:
+            continue
+        array = parameters.get(table.name)
+        if array is None or array.ndim != 2 or list(node.attributes.get_ints("perm", [1, 0])) != [1, 0]:
+            continue
+        paths = (path for path in weights_around(node, parameters) if path not in model.graph.initializers)
+        path = next((path for path in paths if _same_memory(parameters[path], array)), None)
+        if path is None:
+            continue
+        tensor = ir.Tensor(array.T, name=path)
+        weight = ir.val(path, const_value=tensor)
+        model.graph.register_initializer(weight)
+        ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+        model.graph.remove(node, safe=True)
 
 
 def _same_memory(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
@@ -108,7 +134,7 @@ def _name_transposed(model: ir.Model, parameters: Mapping[str, NDArray[np.generi
                 continue
             if value.name not in model.graph.initializers:
                 continue
-            for path in _candidates(node, parameters):
+            for path in weights_around(node, parameters):
                 if not _is_transposed(value, parameters[path]):
                     continue
                 if path in named and named[path] is not value:
@@ -121,7 +147,8 @@ def _name_transposed(model: ir.Model, parameters: Mapping[str, NDArray[np.generi
                 break
 
 
-def _candidates(node: ir.Node, parameters: Mapping[str, NDArray[np.generic]]) -> Iterator[str]:
+def weights_around(node: ir.Node, parameters: Mapping[str, NDArray[np.generic]]) -> Iterator[str]:
+    """Parameters named ``weight`` of the modules that a node stands in, innermost first."""
     scopes = ast.literal_eval(node.metadata_props.get(NAME_SCOPES, "[]"))
     for scope in reversed(scopes):
         path = f"{scope}.weight"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 
 from artifacts.errors import SourceError, UnsupportedError
@@ -24,25 +21,12 @@ from ..source import ModelSource
 from . import attention
 from .check import check
 from .exported import Arrays, Exported, tensor_specs
+from .failures import FAILURES, LOADING_FAILURES, collector_paused, first_line
 from .heads import PREFIX, Head, wrap
 from .naming import tidy
 
 OPSET = 21
 IR_VERSION = 10
-FAILURES = (
-    RuntimeError,  # OnnxExporterError among them
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,  # torch's layers, on sizes that make no sense
-    OSError,
-    ImportError,
-    torch._dynamo.exc.TorchDynamoException,
-)
-"""What torch and transformers raise on a model they cannot load or trace: all but interrupts and lack of memory."""
-
 _MODEL_CLASSES = {
     "feature-extraction": transformers.AutoModel,
     "text-classification": transformers.AutoModelForSequenceClassification,
@@ -85,7 +69,7 @@ def export_torch(source: ModelSource, *, seed: int) -> Exported:
         SourceError: The weights cannot be read, or some that the task needs are missing.
         UnsupportedError: The architecture cannot be exported, or the graph does not give torch's numbers.
     """
-    with quiet(), _collector_paused():
+    with quiet(), collector_paused():
         loaded = _load(source)
         config = loaded.model.config.to_dict()
         processor, files = read_processor(source, config)
@@ -128,18 +112,6 @@ def _first_correct(
     return *attempt(last), refusal
 
 
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Tracing keeps what it makes, and a collector that looks for garbage in it takes a sixth of the export's time."""
-    running = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if running:
-            gc.enable()
-
-
 class _Reference:
     """The original torch model, with its own attention."""
 
@@ -165,8 +137,8 @@ def _load(source: ModelSource) -> _Loaded:
             trust_remote_code=False,
             weights_only=True,
         )
-    except (*FAILURES, StrictDataclassError) as error:
-        what = f"{source.architecture} in {source.path} cannot be loaded: {_first_line(error)}"
+    except LOADING_FAILURES as error:
+        what = f"{source.architecture} in {source.path} cannot be loaded: {first_line(error)}"
         raise SourceError(what, "Its config.json and weights must be of one model; download it again") from error
     model.eval().requires_grad_(False)
     head = wrap(model, source.task, source.pooling).eval()
@@ -230,14 +202,6 @@ def _unsupported(architecture: str, error: BaseException) -> UnsupportedError:
     operator = re.search(r"\b(?:aten|prims|torchvision)(?:\.|::)\w+(?:\.\w+)?", "\n".join(texts))
     where = f" (operator {operator.group()})" if operator else ""
     return UnsupportedError(
-        f"{architecture} cannot be exported{where}: {_first_line(error)}",
+        f"{architecture} cannot be exported{where}: {first_line(error)}",
         "Export it to ONNX by other means and pass the .onnx file",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
-    return (lines[0] if lines else type(root).__name__)[:300]

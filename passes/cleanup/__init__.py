@@ -13,7 +13,9 @@ from .raise_opset import RaiseOpset
 from .remove_identities import RemoveIdentities
 from .remove_unused import RemoveUnused
 from .share_initializers import ShareInitializers
+from .static_reshapes import StaticReshapes
 from .strip_metadata import StripMetadata
+from .unflatten_products import UnflattenProducts
 
 __all__ = [
     "CollapseReshapes",
@@ -27,5 +29,7 @@ __all__ = [
     "RemoveIdentities",
     "RemoveUnused",
     "ShareInitializers",
+    "StaticReshapes",
     "StripMetadata",
+    "UnflattenProducts",
 ]

@@ -11,13 +11,15 @@ import onnx_ir as ir
 from passes.base import Context, Effect, Outcome, Purpose
 from passes.sites import NAME_SCOPES
 
+_OWN = "hasten."
+
 
 @dataclass(frozen=True)
 class StripMetadata:
     """Drop doc strings and metadata: stack traces carry file paths, make graphs large, and differ between machines.
 
-    The module path that torch's exporter leaves on each node stays: sites and reports name weights by it. Counts the
-    entries dropped.
+    The module path that torch's exporter leaves on each node stays: sites and reports name weights by it; so does what
+    hasten's own export says of the model, under keys that begin with ``hasten.``. Counts the entries dropped.
     """
 
     name: ClassVar[str] = "strip-metadata"
@@ -49,7 +51,7 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _strip(item: ir.Model | ir.Graph | ir.Node) -> int:
-    dropped = [key for key in item.metadata_props if key != NAME_SCOPES]
+    dropped = [key for key in item.metadata_props if key != NAME_SCOPES and not key.startswith(_OWN)]
     for key in dropped:
         del item.metadata_props[key]
     documented = bool(item.doc_string)

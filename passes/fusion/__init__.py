@@ -8,8 +8,14 @@ from .fuse_attention import FuseAttention
 from .fuse_bias_gelu import FuseBiasGelu
 from .fuse_gelu import FuseGelu
 from .fuse_layer_norm import FuseLayerNorm
+from .fuse_qkv_attention import FuseQkvAttention
+from .fuse_rms_norm import FuseRmsNorm
+from .fuse_rotary import FuseRotary
+from .fuse_silu import FuseSilu
 from .fuse_skip_layer_norm import FuseSkipLayerNorm
 from .fuse_transpose import FuseTranspose
+from .order_columns import OrderColumns
+from .pack_attention import PackAttention
 from .pack_products import PackProducts
 from .unfuse_attention import UnfuseAttention
 
@@ -20,8 +26,14 @@ __all__ = [
     "FuseBiasGelu",
     "FuseGelu",
     "FuseLayerNorm",
+    "FuseQkvAttention",
+    "FuseRmsNorm",
+    "FuseRotary",
+    "FuseSilu",
     "FuseSkipLayerNorm",
     "FuseTranspose",
+    "OrderColumns",
+    "PackAttention",
     "PackProducts",
     "UnfuseAttention",
 ]

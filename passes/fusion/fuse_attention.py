@@ -261,7 +261,9 @@ def _expanded(graph: ir.Graph, match: _Match, mask: ir.Value, nodes: list[ir.Nod
     one = initializer(graph, "attention.one", [1], ir.DataType.INT64)
     attributes = {"start": 1, "end": 2}
     kind = ir.DataType.INT64
-    rows = build("Shape", [match.query], like=like, name=f"{name}.rows", attributes=attributes, dtype=kind)
+    rows = build(
+        "Shape", [match.query], like=like, name=f"{name}.rows", attributes=attributes, dtype=kind, shape=ir.Shape([1])
+    )
     shape = build(
         "Concat",
         [one, one, rows.outputs[0], one],
@@ -269,7 +271,13 @@ def _expanded(graph: ir.Graph, match: _Match, mask: ir.Value, nodes: list[ir.Nod
         name=f"{name}.shape",
         attributes={"axis": 0},
         dtype=kind,
+        shape=ir.Shape([4]),
     )
-    wide = build("Expand", [mask, shape.outputs[0]], like=like, name=f"{name}.expanded", dtype=mask.dtype)
+    dims = None
+    if mask.shape is not None and match.query.shape is not None:
+        dims = mask.shape.copy()
+        dims[2] = match.query.shape[1]
+    expanded = f"{name}.expanded"
+    wide = build("Expand", [mask, shape.outputs[0]], like=like, name=expanded, dtype=mask.dtype, shape=dims)
     nodes.extend([rows, shape, wide])
     return wide.outputs[0]

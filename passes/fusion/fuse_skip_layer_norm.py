@@ -24,16 +24,22 @@ from passes.surgery import (
 )
 
 _SUM_OUTPUT = 3
-"""Index of the output of SkipLayerNormalization that is the sum before the normalization."""
+"""Index of the output of the fused operators that is the sum before the normalization."""
+_FUSED = {
+    "LayerNormalization": "SkipLayerNormalization",
+    "RMSNormalization": "SkipSimplifiedLayerNormalization",
+    "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
+}
 
 
 @dataclass(frozen=True)
 class FuseSkipLayerNorm:
     """Turn ``LayerNormalization(x + skip)`` over the last of three axes into com.microsoft SkipLayerNormalization.
 
-    A constant bias vector added to x or skip before goes in as its bias; a sum that others read too is taken from the
-    fused operator's own output. Refused: operands not provably of one shape, other axes, more outputs than the first,
-    targets without com.microsoft.
+    Likewise RMSNormalization and SimplifiedLayerNormalization into SkipSimplifiedLayerNormalization. A constant bias
+    vector added to x or skip before goes in as its bias; a sum that others read too is taken from the fused operator's
+    own output. Refused: operands not provably of one shape, other axes, more outputs than the first, targets without
+    com.microsoft.
     """
 
     name: ClassVar[str] = "fuse-skip-layer-norm"
@@ -44,7 +50,7 @@ class FuseSkipLayerNorm:
         """Fuse; counts the normalizations."""
         changed = 0
         refused: list[Refusal] = []
-        for norm in [node for node in model.graph if is_operator(node, "LayerNormalization")]:
+        for norm in [node for node in model.graph if is_operator(node, *_FUSED)]:
             add = producer(norm.inputs[0], "Add")
             if add is None:
                 continue
@@ -79,12 +85,13 @@ def _fuse(norm: ir.Node, add: ir.Node) -> None:
     source, skip, bias = _without_bias(needed(add.inputs[0]), needed(add.inputs[1]))
     total = add.outputs[0]
     shared = len(total.uses()) > 1
-    shift = norm.inputs[2] if len(norm.inputs) > 2 else None
-    inputs: list[ir.Value | None] = [source, skip, norm.inputs[1], shift, bias]
+    inputs: list[ir.Value | None] = [source, skip, norm.inputs[1], bias]
+    if norm.op_type == "LayerNormalization":
+        inputs.insert(3, norm.inputs[2] if len(norm.inputs) > 2 else None)
     while inputs[-1] is None:
         inputs.pop()
     fused = build(
-        "SkipLayerNormalization",
+        _FUSED[norm.op_type],
         inputs,
         like=norm,
         name=str(norm.outputs[0].name),

@@ -16,6 +16,8 @@ from passes.sites import constant_of, linear_sites
 from passes.splice import Names, add_constant, label, new_value, take_place
 from passes.surgery import build, copy_path, opset, remove_dead
 
+from .packed_blocks import block_groups, columns_of, pack_blocks, reason_against_blocks
+
 _OPSET = 13
 
 
@@ -25,8 +27,9 @@ class PackProducts:
 
     ``xW1 + b1, xW2 + b2, …`` -> ``Split(x [W1 W2 …] + [b1 b2 …])``, with the names of the outputs kept. The new product
     has the module path of the first site; the paths of the others are gone, so passes that name them run before.
+    Likewise MatMulNBits of com.microsoft, whose codes and scales are put behind each other as they are.
     Refused: sites of which only some have a constant bias right behind them, weights that others read too (packing
-    would keep them twice), graphs of an opset below 13.
+    would keep them twice), MatMulNBits of different blocks, graphs of an opset below 13.
     """
 
     name: ClassVar[str] = "pack-products"
@@ -53,6 +56,13 @@ class PackProducts:
             else:
                 _pack(model.graph, names, members)
                 changed += 1
+        for nodes in block_groups(model.graph):
+            reason = reason_against_blocks(nodes) or _reason_against_opset(model)
+            if reason:
+                refused.append(Refusal(label(nodes[0]), reason))
+            else:
+                _pack_blocks(model.graph, names, nodes)
+                changed += 1
         return Outcome(changed, tuple(refused))
 
 
@@ -64,9 +74,12 @@ def _reason_against(model: ir.Model, members: Sequence[Affine]) -> str:
         (biased not in (0, len(members)), "some of the products that read its input have a bias, others have none"),
         (not alone, "a weight is used elsewhere too"),
         (len(kinds) > 1, "the weights are not of one type"),
-        (opset(model) < _OPSET, f"Split needs opset {_OPSET}, the graph has {opset(model)}"),
     )
-    return next((reason for applies, reason in reasons if applies), "")
+    return next((reason for applies, reason in reasons if applies), _reason_against_opset(model))
+
+
+def _reason_against_opset(model: ir.Model) -> str:
+    return f"Split needs opset {_OPSET}, the graph has {opset(model)}" if opset(model) < _OPSET else ""
 
 
 def _pack(graph: ir.Graph, names: Names, members: Sequence[Affine]) -> None:
@@ -81,26 +94,31 @@ def _pack(graph: ir.Graph, names: Names, members: Sequence[Affine]) -> None:
         bias = add_constant(graph, names.fresh(f"{members[0].bias.name}.packed"), np.concatenate(biases))
         name = names.fresh(f"{base}.packed.biased")
         nodes.append(build("Add", [nodes[0].outputs[0], bias], like=site.node, name=name, dtype=dtype))
-    shape = site.output.shape
-    for node in nodes:
-        node.outputs[0].shape = None if shape is None else ir.Shape([*list(shape)[:-1], weight.shape[1]])
-    widths = np.array([member.site.shape[1] for member in members], np.int64)
-    sizes = add_constant(graph, names.fresh(f"{base}.widths"), widths)
-    outputs = [new_value(names.fresh(f"{base}.part"), dtype) for _ in members]
-    split = ir.node(
-        "Split", [nodes[-1].outputs[0], sizes], {"axis": -1}, outputs=outputs, name=f"{outputs[0].name}.Split"
-    )
-    copy_path(site.node, split)
-    nodes.append(split)
     graph.insert_before(site.node, nodes)
-    for member, output in zip(members, outputs, strict=True):
-        _retire(member, output)
+    _split(graph, names, nodes, [member.output for member in members], [member.site.shape[1] for member in members])
 
 
-def _retire(member: Affine, output: ir.Value) -> None:
-    """Let ``output`` take the place of what the site makes, and remove the site."""
-    old = member.output
-    shape = old.shape
-    take_place(output, old)
-    output.shape = shape
-    remove_dead([old])
+def _pack_blocks(graph: ir.Graph, names: Names, nodes: Sequence[ir.Node]) -> None:
+    packed = pack_blocks(graph, names, nodes)
+    graph.insert_before(nodes[0], packed)
+    _split(graph, names, [packed], [node.outputs[0] for node in nodes], [columns_of(node) for node in nodes])
+
+
+def _split(
+    graph: ir.Graph, names: Names, nodes: Sequence[ir.Node], olds: Sequence[ir.Value], widths: Sequence[int]
+) -> None:
+    """Let the parts of what the last of the new nodes makes take the places of the old values, whose makers go."""
+    last, shape, base = nodes[-1], olds[0].shape, olds[0].name
+    for node in nodes:
+        node.outputs[0].shape = None if shape is None else ir.Shape([*list(shape)[:-1], sum(widths)])
+    dtype = last.outputs[0].dtype or ir.DataType.FLOAT
+    sizes = add_constant(graph, names.fresh(f"{base}.widths"), np.array(widths, np.int64))
+    outputs = [new_value(names.fresh(f"{base}.part"), dtype) for _ in olds]
+    split = ir.node("Split", [last.outputs[0], sizes], {"axis": -1}, outputs=outputs, name=f"{outputs[0].name}.Split")
+    copy_path(last, split)
+    graph.insert_after(last, split)
+    for old, output in zip(olds, outputs, strict=True):
+        shape = old.shape
+        take_place(output, old)
+        output.shape = shape
+        remove_dead([old])

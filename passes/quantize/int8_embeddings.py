@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
-from passes.base import Context, Effect, Outcome, Purpose, Refusal
-from passes.sites import EmbeddingSite, constant_of, embedding_sites
+from passes.base import Context, Effect, Outcome, Purpose
+from passes.sites import EmbeddingSite, constant_of
 from passes.splice import Names, add_constant, label, new_node, new_value, take_place
 from passes.surgery import remove_dead
 
 from .arithmetic import quantize_rows
-
-MINIMUM_WIDTH = 16
-"""Narrowest row worth a scale of its own."""
+from .tables import choose_tables
 
 
 @dataclass(frozen=True)
@@ -46,37 +43,11 @@ class Int8Embeddings:
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Rewrite the embedding sites of ``model`` in place. An int8 table is no site any more: a rerun changes 0."""
-        tables: dict[ir.Value, list[EmbeddingSite]] = {}
-        for site in embedding_sites(model):
-            tables.setdefault(site.table, []).append(site)
+        tables, refused = choose_tables(model, self.minimum_rows, "dynamic-int8")
         names = Names(model.graph)
-        refused: list[Refusal] = []
-        changed = 0
         for table, sites in tables.items():
-            reason = self._refusal(table, sites)
-            if reason is not None:
-                refused.extend(Refusal(label(site.node), *reason) for site in sites)
-                continue
             _rewrite(model.graph, names, table, sites)
-            changed += len(sites)
-        return Outcome(changed, tuple(refused))
-
-    def _refusal(self, table: ir.Value, sites: list[EmbeddingSite]) -> tuple[str, str] | None:
-        tensor = constant_of(table)
-        rows, width = sites[0].shape
-        if tensor is None or tensor.dtype != ir.DataType.FLOAT:
-            return "the table is not float32", "quantize before the precision is changed"
-        if rows < self.minimum_rows:
-            return f"a table of {rows} rows is too small to matter", f"set minimum_rows to {rows} or less"
-        if width < MINIMUM_WIDTH:
-            return f"rows of {width} are too short for a scale each", ""
-        others = set(table.consumers()) - {site.node for site in sites}
-        if others or table.is_graph_output():
-            reader = min(label(node) for node in others) if others else "the outputs of the graph"
-            return f"{reader} reads the table too, so an int8 copy would add to the size", "run dynamic-int8 before"
-        if not np.isfinite(tensor.numpy()).all():
-            return "the table has values that are not finite", "repair the checkpoint"
-        return None
+        return Outcome(sum(map(len, tables.values())), tuple(refused))
 
 
 def _rewrite(graph: ir.Graph, names: Names, table: ir.Value, sites: list[EmbeddingSite]) -> None:

@@ -18,7 +18,8 @@ from passes.surgery import MICROSOFT, build, needed, opset, require_microsoft
 
 from .arithmetic import Floats
 from .linear import Ending, Int8Weights, Selection, choose_sites, ending, put_in, weight_of
-from .ranges import METHODS, OUTPUT, Range, clipping_range, is_constant, median_output_error, output_range
+from .range_options import check_range_options
+from .ranges import OUTPUT, Range, clipping_range, is_constant, median_output_error, output_range
 
 _FIRST_OPSET = 13
 """The opset in which DequantizeLinear got an axis."""
@@ -35,14 +36,17 @@ class StaticInt8:
     | OpenVINO | MatMul(x, W)     | MatMul(DequantizeLinear(q, s, z), DequantizeLinear(W_int8, W_scale)), q as above |
     | OpenVINO | Add(MatMul, b)   | the same, then Add(b) |
     | both     | Gemm(x, W, b)    | the same on W (transposed once, here, for transB = 1) |
+    | CPU *    | MatMul(x, W)     | DequantizeLinear(QLinearMatMul(q, s, z, W_int8, W_scale, 0, t, u), t, u) |
+    | CPU *    | Add(MatMul, b)   | the same, then Add(b); * with integer_output |
 
     MatMulIntegerToFloat is the operator of com.microsoft that ONNX Runtime's CPU provider has a kernel for; OpenVINO
     turns the second form into integer kernels of its own. One QuantizeLinear serves all sites that read the same value.
     A bias that is no constant [N] stays an Add. Against DynamicInt8 this saves the search for the smallest and largest
-    value of every input, and its range is one for all inputs, not one for each.
+    value of every input, and its range is one for all inputs, not one for each. QLinearMatMul writes a quarter of the
+    bytes and rounds once more, to the range of the products of the sampled rows; the bias is an Add behind it.
 
-    Refused: no calibration data; other targets; opset < 13; an input that is a constant, or that calibration saw only
-    one number of; what DynamicInt8 refuses of weights, sites and patterns.
+    Refused: no calibration data; other targets; integer_output elsewhere than on the CPU; opset < 13; an input that is
+    a constant, or that calibration saw only one number of; what DynamicInt8 refuses of weights, sites and patterns.
 
     Attributes:
         ranges: How the range of an input is chosen: absmax, percentile, mse or entropy from its distribution, or output
@@ -51,6 +55,7 @@ class StaticInt8:
         correct_bias: Add the median error of each product on the calibration data to its bias. Not the mean: see
             `passes.quantize.ranges.median_output_error`.
         reduce_range: 7-bit weights, for CPUs without VNNI: their kernels saturate on 8 bits.
+        integer_output: Let the product write uint8.
         skip: Module paths to leave alone; ``*`` and ``?`` are wildcards, and ``*`` also spans dots.
         only: Module paths to act on, as in ``skip``; empty for all.
     """
@@ -63,19 +68,16 @@ class StaticInt8:
     percentile: float = 99.99
     correct_bias: bool = True
     reduce_range: bool = False
+    integer_output: bool = False
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        known = (*METHODS, OUTPUT)
-        if self.ranges not in known:
-            raise ValueError(f"ranges is {self.ranges!r}, not one of {', '.join(known)}")
-        if not 0.0 < self.percentile <= 100.0:
-            raise ValueError(f"percentile is {self.percentile}, not in (0, 100]")
+        check_range_options(self.ranges, self.percentile, OUTPUT)
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Rewrite the linear sites of ``model`` in place. Quantized sites are no sites any more: a rerun changes 0."""
-        unfit = _unfit(model, context)
+        unfit = _unfit(model, context, integer_output=self.integer_output)
         if unfit is not None:
             return Outcome(0, (unfit,))
         sites, refused = choose_sites(model, Selection(self.skip, self.only))
@@ -96,8 +98,7 @@ class StaticInt8:
         for site in sites:
             readers.setdefault(_source(site), []).append(site)
         clips = {name: self._range(seen[name], reading, weights) for name, reading in readers.items()}
-        integer = context.target.provider == CPU_PROVIDER
-        emission: _Integer | _FakeQuantized = (_Integer if integer else _FakeQuantized)(model, names, weights)
+        emission = self._emission(context)(model, names, weights)
         for site in sites:
             source = _source(site)
             end = ending(site)
@@ -106,7 +107,12 @@ class StaticInt8:
                 sample = seen[source].sample
                 error = median_output_error(sample, weight_of(site), clips[source], weights.quantized(site))
                 bias = np.asarray(error if bias is None else bias + error, dtype=np.float32)
-            emission.rewrite(site, end, clips[source], bias)
+            emission.rewrite(site, end, clips[source], bias, seen[source].sample)
+
+    def _emission(self, context: Context) -> type[_Integer | _IntegerOutput | _FakeQuantized]:
+        if context.target.provider != CPU_PROVIDER:
+            return _FakeQuantized
+        return _IntegerOutput if self.integer_output else _Integer
 
     def _range(self, activation: Activation, readers: list[LinearSite], weights: Int8Weights) -> Range:
         if self.ranges != OUTPUT:
@@ -149,7 +155,7 @@ class _Integer:
         self._weights = weights
         self._quantizers = _Quantizers(model.graph, names)
 
-    def rewrite(self, site: LinearSite, end: Ending, clip: Range, bias: Floats | None) -> None:
+    def rewrite(self, site: LinearSite, end: Ending, clip: Range, bias: Floats | None, _: Floats) -> None:
         """Put the product in the place of the site and of the Add that ends it."""
         integers, scale, zero = self._quantizers.of(site, clip)
         weight, weight_scale = self._weights.initializers(site)
@@ -167,6 +173,36 @@ class _Integer:
         put_in(site, end, nodes)
 
 
+class _IntegerOutput:
+    """Emits the product of integers that makes integers."""
+
+    def __init__(self, model: ir.Model, names: Names, weights: Int8Weights) -> None:
+        self._graph = model.graph
+        self._names = names
+        self._weights = weights
+        self._quantizers = _Quantizers(model.graph, names)
+
+    def rewrite(self, site: LinearSite, end: Ending, clip: Range, bias: Floats | None, sample: Floats) -> None:
+        """Put the product in the place of the site and of the Add that ends it; the range is that of the sample's."""
+        base = end.last.outputs[0].name or label(site.node)
+        weight, weight_scale = self._weights.initializers(site)
+        reached = _reached(clip.round_trip(sample) @ self._weights.quantized(site).dequantize())
+        columns = np.zeros(site.shape[1], np.int8)
+        zeros = add_constant(self._graph, self._names.fresh(f"{weight.name}_zero_point"), columns)
+        scale = add_constant(self._graph, self._names.fresh(f"{base}_scale"), np.asarray(reached.scale))
+        zero = add_constant(self._graph, self._names.fresh(f"{base}_zero_point"), np.asarray(reached.zero_point))
+        integers = new_value(self._names.fresh(f"{base}_uint8"), ir.DataType.UINT8, site.output.shape)
+        product = new_value(self._names.fresh(f"{base}_product"), ir.DataType.FLOAT, site.output.shape)
+        operands = [*self._quantizers.of(site, clip), weight, weight_scale, zeros, scale, zero]
+        nodes = [
+            new_node("QLinearMatMul", operands, [integers], site.node),
+            new_node("DequantizeLinear", [integers, scale, zero], [product], site.node),
+        ]
+        nodes += _biased(self._graph, self._names, site, product, bias, base)
+        nodes += _rest(site, end, nodes[-1].outputs[0], self._names)
+        put_in(site, end, nodes)
+
+
 class _FakeQuantized:
     """Emits float products of operands that are quantized and back, for a compiler that makes integer kernels of it."""
 
@@ -177,7 +213,7 @@ class _FakeQuantized:
         self._quantizers = _Quantizers(model.graph, names)
         self._operands: dict[tuple[ir.Value, ...], ir.Value] = {}
 
-    def rewrite(self, site: LinearSite, end: Ending, clip: Range, bias: Floats | None) -> None:
+    def rewrite(self, site: LinearSite, end: Ending, clip: Range, bias: Floats | None, _: Floats) -> None:
         """Put the product in the place of the site and of the Add that ends it."""
         shape = site.output.shape
         operands = [
@@ -187,10 +223,7 @@ class _FakeQuantized:
         base = end.last.outputs[0].name or label(site.node)
         product = new_value(self._names.fresh(f"{base}_product"), ir.DataType.FLOAT, shape)
         nodes = [new_node("MatMul", operands, [product], site.node)]
-        if bias is not None:
-            biased = new_value(self._names.fresh(f"{base}_biased"), ir.DataType.FLOAT, shape)
-            addend = add_constant(self._graph, self._names.fresh(f"{base}_bias"), bias)
-            nodes.append(new_node("Add", [product, addend], [biased], site.node))
+        nodes += _biased(self._graph, self._names, site, product, bias, base)
         nodes += _rest(site, end, nodes[-1].outputs[0], self._names)
         put_in(site, end, nodes)
 
@@ -203,6 +236,22 @@ class _FakeQuantized:
             self._graph.insert_before(site.node, node)
             self._operands[quantized] = output
         return self._operands[quantized]
+
+
+def _reached(products: Floats) -> Range:
+    """From the smallest to the largest of some products, widened to contain 0; of zeros only, up to 1."""
+    low, high = min(float(products.min()), 0.0), max(float(products.max()), 0.0)
+    return Range(low, high if low < high else 1.0)
+
+
+def _biased(
+    graph: ir.Graph, names: Names, site: LinearSite, product: ir.Value, bias: Floats | None, base: str
+) -> list[ir.Node]:
+    """The Add of a constant vector to a product."""
+    if bias is None:
+        return []
+    output = new_value(names.fresh(f"{base}_biased"), ir.DataType.FLOAT, product.shape)
+    return [new_node("Add", [product, add_constant(graph, names.fresh(f"{base}_bias"), bias)], [output], site.node)]
 
 
 def _rest(site: LinearSite, end: Ending, product: ir.Value, names: Names) -> list[ir.Node]:
@@ -238,10 +287,12 @@ def _source(site: LinearSite) -> str:
     return needed(site.node.inputs[0]).name or ""
 
 
-def _unfit(model: ir.Model, context: Context) -> Refusal | None:
+def _unfit(model: ir.Model, context: Context, *, integer_output: bool) -> Refusal | None:
     provider = context.target.provider
     if provider not in (CPU_PROVIDER, OPENVINO_PROVIDER):
         return Refusal("", f"no integer kernels for this are known of {provider}", "compile for cpu or openvino")
+    if integer_output and provider != CPU_PROVIDER:
+        return Refusal("", f"{provider} decides by itself what a product writes", "leave integer_output out")
     if opset(model) < _FIRST_OPSET:
         return Refusal(
             "", f"opset {opset(model)} has no DequantizeLinear per channel", "convert the model to opset 17 or later"

@@ -123,6 +123,14 @@ class Task(ABC):
         """Tokens for a mask; see `Filler.fill`."""
         self._refuse("fill")
 
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Texts that go on from prompts; see `Generator.generate`."""
+        self._refuse("generate")
+
+    def perplexity(self, *args: Any, **options: Any) -> Any:
+        """How well the model predicts texts; see `Generator.perplexity`."""
+        self._refuse("perplexity")
+
     @abstractmethod
     def rows(self, records: Sequence[Record], *, max_tokens: int | None = None) -> list[dict[str, object]]:
         """Results for `hasten run`, one JSON-ready object a record, in order.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundle_builders import CPU, EMPTY_DIGEST, a_manifest, a_proof
+from bundle_builders import CPU, EMPTY_DIGEST, a_decoder_manifest, a_manifest, a_proof
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +34,19 @@ def test_manifest_round_trip():
 def test_manifest_of_plain_tensors_needs_no_processor():
     manifest = replace(complete(), task="tensors", processor=None)
     assert Manifest.parse(manifest.to_json()) == manifest
+
+
+def test_manifest_of_a_language_model_round_trips():
+    manifest = a_decoder_manifest()
+    assert Manifest.parse(manifest.to_json()) == manifest
+    generation = manifest.generation
+    assert generation is not None
+    bare = replace(manifest, generation=replace(generation, eos=(), bos=-1, chat_template="", special=()))
+    assert Manifest.parse(bare.to_json()) == bare
+
+
+def test_what_generates_no_text_says_nothing_of_generation():
+    assert b"generation" not in complete().to_json()
 
 
 def test_scalar_and_empty_shapes_round_trip():

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from bundle_builders import a_manifest, a_proof, sealed
+from bundle_builders import a_decoder_manifest, a_manifest, a_proof, sealed
 
 from artifacts.errors import IntegrityError, SchemaError
 from artifacts.manifest import FileEntry, Manifest
@@ -21,6 +21,10 @@ def a_document() -> Document:
     files = [FileEntry(path, 9, path[8:72]) for path in weights]
     files += [FileEntry(name, 5, "c" * 64) for name in ("cpu-fp32.onnx", "cpu-int8.onnx", "processor/tokenizer.json")]
     return json.loads(replace(a_manifest(weights), files=tuple(files)).to_json())
+
+
+def a_decoder_document() -> Document:
+    return json.loads(a_decoder_manifest().to_json())
 
 
 def a_payload() -> Document:
@@ -40,6 +44,7 @@ def refuse_proof(payload: Document, match: str) -> None:
 
 def test_the_documents_that_are_altered_here_are_sound():
     Manifest.parse(json.dumps(a_document()).encode())
+    Manifest.parse(json.dumps(a_decoder_document()).encode())
     Proof.parse(sealed(a_payload()))
 
 
@@ -327,7 +332,7 @@ def test_m5_weights():
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("task",), "text-generation"),
+        (("task",), "image-generation"),
         (("name",), ""),
         (("name",), "x" * 257),
         (("source", "kind"), "pickle"),
@@ -380,6 +385,111 @@ def test_m8_processor():
     document = a_document()
     document["processor"]["tokenizer"] = "processor/other.json"
     refuse(document, "processor.tokenizer: 'processor/other.json' is not listed")
+
+
+def test_m9_generation():
+    document = a_decoder_document()
+    del document["generation"]
+    refuse(document, "generation: the task text-generation needs one")
+    refuse(a_decoder_document() | {"generation": None}, "generation: the key is left out")
+    refuse(a_document() | {"generation": None}, "generation: the key is left out")
+    refuse(a_document() | {"generation": a_decoder_document()["generation"]}, "text-classification has none")
+    refuse(a_decoder_document() | {"processor": None}, "processor: the task text-generation needs one")
+    for key in a_decoder_document()["generation"]:
+        document = a_decoder_document()
+        del document["generation"][key]
+        refuse(document, f"generation: the key '{key}' is missing")
+    document = a_decoder_document()
+    document["generation"]["surprise"] = 1
+    refuse(document, "unknown key 'surprise'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("eos", [-1], r"eos\[0\]: -1 is not in"),
+        ("eos", [97], "eos: 97 is outside a vocabulary of 97"),
+        ("eos", 2, "eos: an array was expected"),
+        ("bos", -2, "bos: -2 is not in"),
+        ("bos", 97, "bos: 97 is outside a vocabulary of 97"),
+        ("bos", None, "bos: an integer was expected"),
+        ("chat_template", "processor/other.jinja", "chat_template: .* is not listed"),
+        ("chat_template", "../template.jinja", "chat_template: .*part '..'"),
+        ("chat_template", None, "chat_template: a string was expected"),
+        ("special", {"Eos Token": "</s>"}, "special: 'Eos Token' does not match"),
+        ("special", {"eos_token": 2}, "a string was expected"),
+        ("special", {"eos_token": "a\nb"}, "control character"),
+        ("special", [], "special: an object was expected"),
+        ("temperature", -0.1, "temperature: -0.1 is not in"),
+        ("temperature", 101, "temperature: 101"),
+        ("temperature", True, "temperature: a number was expected"),
+        ("top_k", -1, "top_k: -1 is not in"),
+        ("top_p", 1.5, "top_p: 1.5 is not in"),
+        ("min_p", -0.5, "min_p: -0.5 is not in"),
+        ("repetition_penalty", 0, "repetition_penalty: 0"),
+        ("sample", 1, "sample: true or false"),
+    ],
+)
+def test_m9_values(key, value, match):
+    document = a_decoder_document()
+    document["generation"][key] = value
+    refuse(document, f"generation.*{match}")
+
+
+def swapped(items: list[Any], first: int, second: int) -> list[Any]:
+    changed = list(items)
+    changed[first], changed[second] = changed[second], changed[first]
+    return changed
+
+
+def test_m10_inputs_of_a_decoder():
+    whole = a_decoder_document()["inputs"]
+    for inputs, match in (
+        (swapped(whole, 0, 1), "'position_ids' stands where input_ids"),
+        (whole[1:], "'position_ids' stands where input_ids"),
+        (whole[:4], "pair of key and value"),
+        (whole[:5], "pair of key and value"),
+        (whole[:-1], "pair of key and value"),
+        (swapped(whole, 5, 6), "'past_key_values.0.value' stands where past_key_values.0.key"),
+        (swapped(whole, 5, 7), "stands where past_key_values.0.key"),
+    ):
+        refuse(a_decoder_document() | {"inputs": inputs}, f"inputs: .*{match}")
+    for index, key, value, match in (
+        (0, "dtype", "int32", "stands where input_ids, int64"),
+        (2, "dtype", "int64", "stands where seqlens_k, int32"),
+        (3, "shape", [1], "stands where total_sequence_length"),
+        (4, "shape", ["batch", 1], "stands where logits_index"),
+        (5, "dtype", "float64", "past_key_values.0.key is float64"),
+        (5, "shape", ["batch", 2, 64, 8], "is not .batch, heads, capacity, head size"),
+        (5, "shape", ["batch", "heads", "capacity", 8], "heads of past_key_values.0.key and their size are numbers"),
+        (5, "shape", ["batch", 2, "capacity", 0], "are numbers"),
+        (5, "shape", ["batch", 2, "capacity"], "is not .batch"),
+    ):
+        document = a_decoder_document()
+        document["inputs"][index][key] = value
+        refuse(document, f"inputs: .*{match}")
+
+
+def test_m10_outputs_of_a_decoder():
+    whole = a_decoder_document()["outputs"]
+    for outputs, match in (
+        (whole[1:], "the first is logits"),
+        (whole[:-1], "5 belong here, not 4"),
+        ([*whole, dict(whole[0], name="more")], "5 belong here, not 6"),
+        (swapped(whole, 1, 2), "'present.0.value' stands where present.0.key"),
+    ):
+        refuse(a_decoder_document() | {"outputs": outputs}, f"outputs: .*{match}")
+    for index, key, value, match in (
+        (0, "dtype", "float16", "the first is logits"),
+        (0, "shape", ["batch", "sequence", 97], "the first is logits"),
+        (0, "shape", ["batch", "positions"], "size of the vocabulary"),
+        (0, "shape", ["batch", "positions", "vocabulary"], "size of the vocabulary"),
+        (1, "dtype", "float16", "the same tensor as past_key_values.0.key"),
+        (1, "shape", ["batch", 2, "capacity", 16], "the same tensor as past_key_values.0.key"),
+    ):
+        document = a_decoder_document()
+        document["outputs"][index][key] = value
+        refuse(document, f"outputs: .*{match}")
 
 
 def test_the_errors_are_of_the_tree():

@@ -48,7 +48,7 @@ def test_p3_variants_of_a_proof():
 def test_the_page_and_the_attacks_name_each_other():
     page = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parents[1].glob("a*/test_*.py"))
-    musts = re.findall(r"^- \*\*([A-Z]\d)\*\*", page, re.MULTILINE)
+    musts = re.findall(r"^- \*\*([A-Z]\d+)\*\*", page, re.MULTILINE)
     named = re.findall(r"`(test_\w+)`", page)
     assert len(musts) == len(set(musts))
     assert {name.split("_")[1].upper() for name in named if re.match(r"test_[jmptk]\d", name)} == {
@@ -56,5 +56,5 @@ def test_the_page_and_the_attacks_name_each_other():
     }
     for name in named:
         assert f"def {name}(" in tests, name
-    for must in re.findall(r"def test_([jmptk]\d)_", tests):
+    for must in re.findall(r"def test_([jmptk]\d+)_", tests):
         assert must.upper() in musts

@@ -41,7 +41,7 @@ class Example(protocol.Peer):
     def vocabulary(self, model):
         return 100
 
-protocol.serve(Example())
+protocol.serve(protocol.Server(Example()))
 """
 
 

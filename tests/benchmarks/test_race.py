@@ -37,7 +37,7 @@ class Sleeper(protocol.Peer):
         return 100
 
 protocol._TRIAL_SECONDS = 0.001
-protocol.serve(Sleeper())
+protocol.serve(protocol.Server(Sleeper()))
 """
 
 

@@ -482,7 +482,10 @@ def test_a_bundle_with_one_altered_byte(place: Path, bundle: Path) -> None:
 def test_what_is_no_bundle(place: Path, sources: Sources, mlp: Path) -> None:
     every_command_refuses(place, place / "gone", "gone does not exist", "hasten compile")
     every_command_refuses(place, place, "is no bundle", "manifest.json")
-    every_command_refuses(place, sources["text-classification"], "looks like a model: compile it first")
+    for name in BUNDLE_COMMANDS:
+        if name != "inspect":  # of a model it tells whether it can be compiled
+            records = ["{}"] if name == "run" else []
+            refused(place, 6, ("looks like a model: compile it first",), name, sources["text-classification"], *records)
     every_command_refuses(place, mlp, "mlp.onnx is no folder")
     every_command_refuses(place, Path("\udcff"), "does not exist")
     every_command_refuses(place, Path("x" * 5000), "too long")

@@ -7,8 +7,9 @@ import onnx_ir as ir
 import pytest
 
 from artifacts.errors import DataError
-from artifacts.manifest import TextProcessor
-from compiler.calibrate import Batch, Batches, tensor_batches, text_batches
+from artifacts.manifest import TensorSpec, TextProcessor
+from artifacts.signature import STEP_INPUTS, cache_names
+from compiler.calibrate import Batch, Batches, tensor_batches, text_batches, token_batches
 from compiler.calibrate.batches import check, survey
 from compiler.shorten import LONGEST, shortened
 from runtimes.text import Tokens
@@ -31,6 +32,12 @@ def tokens(length: int, first: int = 0) -> Tokens:
     ids = np.arange(first, first + length, dtype=np.int64)
     flags = np.zeros(length, np.bool_)
     return Tokens(ids, ids % 2, flags, np.zeros((0, 2), np.int64), flags, np.zeros((0, 2), np.int64))
+
+
+def decoder_specs(layers: int = 2, dtype: str = "float32") -> tuple[TensorSpec, ...]:
+    pasts = [past for layer in range(layers) for past, _ in cache_names(layer)]
+    caches = (TensorSpec(past, dtype, ("batch", 2, "capacity", 8)) for past in pasts)
+    return (*(TensorSpec(*one) for one in STEP_INPUTS), *caches)
 
 
 def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
@@ -173,3 +180,71 @@ def test_a_processor_of_another_pad_changes_nothing() -> None:
     other = replace(PROCESSOR, pad_id=1)
     for one, two in zip(text_batches(rows, NAMES, PROCESSOR), text_batches(rows, NAMES, other), strict=True):
         np.testing.assert_array_equal(one.feeds["input_ids"], two.feeds["input_ids"])
+
+
+def windows(*lengths: int) -> list[np.ndarray]:
+    return [np.arange(100 * number, 100 * number + length) for number, length in enumerate(lengths)]
+
+
+def test_windows_of_one_length_are_first_prompts_that_ask_for_every_position() -> None:
+    rows, inputs = windows(5, 3, 5, 12, 3, 5), decoder_specs(dtype="float16")
+    batches = token_batches(rows, inputs, most_tokens=10)
+    found = list(batches)
+    assert [batch.examples for batch in found] == [(1, 4), (0, 2), (5,), (3,)]
+    assert batches.rows_apart
+    for batch in found:
+        count, length = len(batch.examples), len(rows[batch.examples[0]])
+        assert list(batch.feeds) == [spec.name for spec in inputs]
+        assert [str(array.dtype) for array in batch.feeds.values()] == [spec.dtype for spec in inputs]
+        np.testing.assert_array_equal(batch.feeds["input_ids"], np.stack([rows[number] for number in batch.examples]))
+        for name in ("position_ids", "logits_index"):
+            np.testing.assert_array_equal(batch.feeds[name], np.tile(np.arange(length), (count, 1)))
+        assert batch.feeds["seqlens_k"].tolist() == [length - 1] * count
+        assert batch.feeds["total_sequence_length"] == length
+        assert batch.feeds["total_sequence_length"].shape == ()
+        for past in list(batch.feeds)[len(STEP_INPUTS) :]:
+            assert batch.feeds[past].shape == (count, 2, length, 8)
+            assert not batch.feeds[past].any()
+    again = [batch.feeds["input_ids"].tolist() for batch in batches]
+    assert again == [batch.feeds["input_ids"].tolist() for batch in found]
+
+
+def test_windows_fit_a_decoder_graph() -> None:
+    inputs = decoder_specs()
+    values = [value(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), *spec.shape) for spec in inputs]
+    found = survey(token_batches(windows(5, 3, 5), inputs), values)
+    # A token has its id, its position twice, and 2 x 8 numbers in each of four pasts; a row has two lengths.
+    assert found.shapes == {(1, 3 * (3 + 64) + 2), (2, 5 * (3 + 64) + 2)}
+    assert found.bytes == 2 * (5 * (3 * 8 + 64) + 4) + 4, "the four pasts are one array"
+    with pytest.raises(DataError, match="lacks other, which the model takes"):
+        survey(token_batches(windows(5), inputs), [*values, value("other", ir.DataType.FLOAT)])
+
+
+def test_an_empty_window_is_no_example() -> None:
+    inputs = decoder_specs()
+    values = [value(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), *spec.shape) for spec in inputs]
+    assert survey(token_batches(windows(0, 4, 1, 0), inputs), values).examples == 2
+    with pytest.raises(DataError, match="there is no calibration data"):
+        survey(token_batches(windows(0), inputs), values)
+
+
+def test_an_input_without_axes_belongs_to_all_examples() -> None:
+    (batch,) = token_batches(windows(4, 4, 4), decoder_specs())
+    assert batch.elements == batch.part(1, 2).elements == batch.twice().elements
+    for other, count in ((batch.part(1, 3), 2), (batch.twice(), 6)):
+        assert other.feeds["total_sequence_length"] is batch.feeds["total_sequence_length"]
+        assert other.feeds["seqlens_k"].tolist() == [3] * count
+        assert len(other.feeds["past_key_values.1.value"]) == len(other.examples) == count
+
+
+def test_the_digest_tells_shared_arrays_from_others() -> None:
+    inputs = [value(name, ir.DataType.FLOAT, "n") for name in ("a", "b", "c")]
+    one, other = np.ones(3, np.float32), np.zeros(3, np.float32)
+
+    def digest(*arrays: np.ndarray) -> str:
+        return survey(tensor_batches([dict(zip("abc", arrays, strict=True))]), inputs).digest
+
+    assert digest(one, one, other) == digest(one, one, other.copy())
+    assert (
+        len({digest(one, one, other), digest(one, other, other), digest(one, other, one), digest(one, one, one)}) == 4
+    )

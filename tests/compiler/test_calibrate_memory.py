@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from compiler.calibrate import Calibrator
 from compiler.calibrate.batches import Batch, Survey
 from compiler.calibrate.footprint import Footprint
 from compiler.calibrate.plan import Group, plan
+from compiler.calibrate.statistic import Activations, SecondMoments
 from compiler.graphs import GraphFolder
 
 MB = 10**6
@@ -30,7 +32,7 @@ import gc, json, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from calibration_child import watch
-print(json.dumps(watch(Path({folder!r}), {kind!r}, {memory})))
+print(json.dumps(watch(Path({folder!r}), {kind!r}, {memory}, {statistic!r})))
 """
 
 
@@ -52,7 +54,7 @@ def footprint(values: int = 4, *, scale: float = 1.0) -> Footprint:
 
 def surveyed(*shapes: tuple[int, int]) -> Survey:
     one = Batch({}, (0,))
-    return Survey("", 0, frozenset(shapes), one, one)
+    return Survey("", 0, frozenset(shapes), 0, one, one)
 
 
 def test_a_peak_is_what_is_alive_at_once() -> None:
@@ -73,13 +75,13 @@ def test_what_two_examples_leave_as_it_is_belongs_to_the_graph() -> None:
 
 def test_batches_are_halved_before_values_are_divided() -> None:
     found = surveyed((16, 10), (4, 30))
-    (roomy,) = plan(footprint(), found, 10**9)
+    (roomy,) = plan(footprint(), found, 10**9, Activations())
     assert roomy == Group((0, 1, 2, 3), 160)
     caps = range(200, 60, -5)
     plans = []
     for cap in caps:
         try:
-            plans.append(plan(footprint(), found, cap * MB))
+            plans.append(plan(footprint(), found, cap * MB, Activations()))
         except UsageError:
             break
     assert len(plans) > 3
@@ -98,19 +100,21 @@ def test_a_cap_too_small_says_what_would_do() -> None:
     with pytest.raises(
         UsageError, match=r"^calibration needs at least (\d+) MB, and may take 20 MB\. Pass --cal"
     ) as caught:
-        plan(footprint(), found, 20 * MB)
+        plan(footprint(), found, 20 * MB, Activations())
     least = int(re.findall(r"least (\d+) MB", str(caught.value))[0])
-    groups = plan(footprint(), found, least * MB)
+    groups = plan(footprint(), found, least * MB, Activations())
     assert {value for group in groups for value in group.values} == {0, 1, 2, 3}
     with pytest.raises(UsageError, match=f"at least {least} MB"):
-        plan(footprint(), found, (least - 1) * MB)
+        plan(footprint(), found, (least - 1) * MB, Activations())
 
 
-def watched(folder: Path, kind: str, memory: int) -> dict[str, int | str]:
+def watched(folder: Path, kind: str, memory: int, statistic: str = "observe") -> dict[str, int | str]:
     """Of a process of its own that calibrates: groups, bytes at the height above what it had before; or its error."""
     if not _CLEAR.exists():
         pytest.skip("no /proc/self/clear_refs here to watch a process with")
-    code = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), kind=kind, memory=memory)
+    code = CHILD.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), kind=kind, memory=memory, statistic=statistic
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, int | str] = json.loads(done.stdout)
@@ -127,6 +131,30 @@ def test_a_process_stays_below_the_cap(tmp_path: Path, kind: str, more: int) -> 
     report = watched(tmp_path, kind, cap * MB)
     assert (int(report["groups"]) == 1) == (more > 0)
     assert 0 < int(report["grown"]) <= cap * MB, (cap, report)
+
+
+def test_a_process_that_gathers_second_moments_stays_below_the_cap(tmp_path: Path) -> None:
+    """The sums of the twelve values are 25 MB in all, and of the widest alone 8.4 MB."""
+    model, batches = made("unfused")
+    stingy = Calibrator(batches, GraphFolder(tmp_path), memory=1, cache=False)
+    with pytest.raises(UsageError, match=r"at least \d+ MB") as caught:
+        stingy.moments(model, read_by_products(model))
+    assert list(tmp_path.glob("moments-*")) == []
+    cap = int(re.findall(r"at least (\d+) MB", str(caught.value))[0]) + 10
+    report = watched(tmp_path, "unfused", cap * MB, "moments")
+    assert int(report["groups"]) > 1
+    assert 0 < int(report["grown"]) <= cap * MB, (cap, report)
+    assert list(tmp_path.glob("moments-*")) == []
+
+
+def test_only_the_statistics_of_a_pass_count_where_results_leave_memory() -> None:
+    """Values of 1,000 channels: sums of 8 MB and 10 MB while one is written, whatever the number of values."""
+    found = surveyed((1, 10))
+    many = replace(footprint(8, scale=0.001), channels=(1000,) * 8)
+    with pytest.raises(UsageError, match=r"at least (\d+) MB") as caught:
+        plan(many, found, MB, SecondMoments())
+    least = int(re.findall(r"least (\d+) MB", str(caught.value))[0])
+    assert [len(plan(many, found, (least + more) * MB, SecondMoments())) for more in (0, 8, 32, 56)] == [8, 4, 2, 1]
 
 
 @pytest.mark.slow

@@ -14,10 +14,12 @@ from compiler.costs import CostBase
 from compiler.lone import lone_model, observing, rewritten
 from passes.base import Context, Pass
 from passes.pipeline import Pipeline, parse
-from passes.quantize import DynamicInt8, StaticInt8
+from passes.quantize import DynamicInt8, StaticInt8, WeightInt8
 from passes.sites import linear_sites
+from passes.statistics import Activation
 
-STATIC, DYNAMIC = StaticInt8(), DynamicInt8()
+STATIC, DYNAMIC, WEIGHT = StaticInt8(), DynamicInt8(), WeightInt8()
+WHOLE = StaticInt8(ranges="absmax")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def test_the_pipeline_names_sites_only_where_it_must() -> None:
     paths = [f"layer.{index}.{name}" for index in range(3) for name in ("query", "dense")]
     everywhere = Assignment(dict.fromkeys(paths, STATIC))
     assert str(everywhere.pipeline(parse("remove-unused"))) == "remove-unused; static-int8"
-    assert str(everywhere.without(["layer.1.dense"]).pipeline()) == "static-int8(skip=[layer.1.dense])"
+    assert str(everywhere.after([("layer.1.dense", None)]).pipeline()) == "static-int8(skip=[layer.1.dense])"
     mixed = Assignment({path: STATIC if path.endswith("dense") else DYNAMIC for path in paths})
     text = "dynamic-int8(only=[layer.*.query]); static-int8(only=[layer.*.dense])"
     assert mixed.pipeline() == parse(text)
@@ -82,23 +84,58 @@ def test_patterns_cover_exactly_what_is_meant() -> None:
     assert patterns(["b.0.x"], among) == ("b.*.x",)
 
 
-def test_the_most_damaged_operators_come_first() -> None:
-    """An input with one huge channel is quantized coarsely: its readers lose most."""
+def spiked() -> tuple[ir.Model, Context]:
+    """Two operators; an input with one huge channel is quantized coarsely, so that its reader loses most."""
     rng = np.random.default_rng(0)
-    plain = rng.normal(size=(64, 32)).astype(np.float32)
-    spiked = np.where(np.arange(32) == 3, 200.0, 1.0).astype(np.float32) * plain
-    weight = rng.normal(size=(32, 32)).astype(np.float32)
+    plain = rng.normal(size=(64, 128)).astype(np.float32)
+    huge = np.where(np.arange(128) == 3, 200.0, 1.0).astype(np.float32) * plain
+    weight = rng.normal(size=(128, 32)).astype(np.float32)
     weight[3] = 0.0
-    model = lone_model(weight, np.zeros(32, np.float32), copies=2)
-    samples = {"x0": plain, "x1": spiked}
+    samples = {"x0": plain, "x1": huge}
 
-    def observe(_: ir.Model, values: Sequence[ir.Value]) -> dict[str, object]:
+    def observe(_: ir.Model, values: Sequence[ir.Value]) -> dict[str, Activation]:
         return {str(v.name): observing(samples[str(v.name)])(_, [v])[str(v.name)] for v in values}
 
-    chooser = Chooser(replace(Context(CPU), observe=observe), None)  # type: ignore[arg-type]
+    return lone_model(weight, np.zeros(32, np.float32), copies=2), replace(Context(CPU), observe=observe)
+
+
+def test_the_most_damaged_operators_step_back_first() -> None:
+    model, context = spiked()
+    chooser = Chooser(context, None)
     assignment = chooser.assign(model, (STATIC,), "")
-    assert chooser.ranked(model, assignment) == ("site1", "site0")
-    assert chooser.ranked(model, assignment.without(["site1"])) == ("site0",)
+    assert chooser.steps_back(model, assignment, (STATIC,), "") == (("site1", None), ("site0", None))
+    assert chooser.steps_back(model, assignment.after([("site1", None)]), (STATIC,), "") == (("site0", None),)
+    assert Chooser(Context(CPU), None).steps_back(model, assignment, (STATIC,), "") == (
+        ("site0", None),
+        ("site1", None),
+    )
+
+
+def test_a_step_back_leads_to_a_gentler_form_that_still_gains() -> None:
+    """A range for each block of 32 numbers of a row, not one for all: the huge channel spoils its own block only."""
+    model, context = spiked()
+    forms = (WHOLE, WEIGHT)
+    assignment = Assignment(dict.fromkeys(("site0", "site1"), WHOLE))
+    gains = Chooser(context, told({32: {WHOLE: 1.0, WEIGHT: 2.0, None: 3.0}}))
+    steps = gains.steps_back(model, assignment, forms, "")
+    assert steps[0] == ("site1", WEIGHT), "the most damaged one first"
+    assert sorted(map(str, steps)) == sorted(map(str, [(s, f) for s in ("site0", "site1") for f in (WEIGHT, None)]))
+    for path in ("site0", "site1"):
+        assert [form for site, form in steps if site == path] == [WEIGHT, None]
+    assert set(assignment.after(steps[:1]).forms.values()) == {WHOLE, WEIGHT}
+    assert set(assignment.after(steps).forms.values()) == {None}
+    slow = Chooser(context, told({32: {WHOLE: 1.0, WEIGHT: 3.0, None: 3.0}}))
+    assert slow.steps_back(model, assignment, forms, "") == (("site1", None), ("site0", None))
+
+
+def test_a_harsher_form_and_one_that_costs_more_than_a_gentler_one_are_no_steps() -> None:
+    model, context = spiked()
+    coarse = replace(WHOLE, reduce_range=True)
+    costs = told({32: {WHOLE: 2.0, coarse: 1.0, WEIGHT: 1.5, None: 3.0}})
+    from_weight = Chooser(context, costs).steps_back(model, Assignment({"site0": WEIGHT}), (WHOLE, coarse, WEIGHT), "")
+    assert from_weight == (("site0", None),)
+    from_coarse = Chooser(context, costs).steps_back(model, Assignment({"site0": coarse}), (WHOLE, coarse, WEIGHT), "")
+    assert from_coarse == (("site0", WEIGHT), ("site0", None)), "8 bits are gentler than 7, but cost more than WEIGHT"
 
 
 def test_a_lone_operator_in_its_forms_computes_the_same() -> None:

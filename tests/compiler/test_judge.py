@@ -144,7 +144,7 @@ def test_what_only_holds_with_the_optimizations_is_rejected(
     judged: Judged, enthroned: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter((1e-7, 0.5))
-    monkeypatch.setattr("compiler.judge.golden_error", lambda worker, golden: next(measured))
+    monkeypatch.setattr("compiler.evidence.golden_error", lambda worker, golden: next(measured))
     verdict = enthroned.judge(trial(judged.candidate()))
     assert not verdict.kept
     assert verdict.reason == "numbers: 5.0e-01 off without ONNX Runtime's optimizations, 1.0e-07 with them"

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from artifacts.errors import DataError
 from artifacts.manifest import TextProcessor
 from compiler.data import Row
-from compiler.metrics import Metric, condense, cosine, default_budget, join, measure, spearman
+from compiler.metrics import Budget, Metric, condense, cosine, default_budget, join, measure, perplexity, spearman
 
 
 def processor(labels: tuple[str, ...] = (), problem: str = "single_label_classification") -> TextProcessor:
@@ -167,6 +167,60 @@ def test_whole_outputs_are_condensed_first() -> None:
     assert metrics[0].value == 1.0
 
 
+def language() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits of two rows of four columns, the second one padded, over a vocabulary of 9."""
+    generator = np.random.default_rng(3)
+    logits = generator.standard_normal((2, 4, 9)).astype(np.float32)
+    return logits, {"input_ids": generator.integers(0, 9, (2, 4)), "seqlens_k": np.array([3, 1], np.int32)}
+
+
+def test_log_probabilities_of_the_next_tokens() -> None:
+    logits, feeds = language()
+    condensed = condense("text-generation", {"logits": logits}, feeds)
+    wanted = special.log_softmax(logits.astype(np.float64), axis=-1)
+    ids = feeds["input_ids"]
+    pairs = [(0, 0), (0, 1), (0, 2), (1, 0)]
+    expected = [wanted[row, column, ids[row, column + 1]] for row, column in pairs]
+    # One rounding of the logits' difference and one of the result, in float32.
+    np.testing.assert_allclose(condensed["log_probabilities"], expected, rtol=0, atol=4 * 2**-24 * 10)
+    assert condensed["log_probabilities"].dtype == np.float32
+    assert condensed["tokens"].tolist() == [int(logits[pair].argmax()) for pair in pairs]
+
+
+def test_perplexity() -> None:
+    assert perplexity(np.log([0.5, 0.125])) == pytest.approx(4.0)
+    assert perplexity(np.array([])) == 1.0
+    assert math.isinf(perplexity(np.array([-1e9])))
+    assert math.isinf(perplexity(np.array([-1.0, math.nan])))
+
+
+def test_a_rise_of_perplexity_counts_as_a_drop() -> None:
+    logits, feeds = language()
+    worse = logits * np.float32(0.5)
+    metrics = measure("text-generation", {"logits": logits}, {"logits": worse}, [], None, feeds)
+    assert [metric.name for metric in metrics] == ["perplexity", "agreement"]
+    found, agreement = metrics
+    assert not found.higher_is_better
+    assert found.drop == pytest.approx(found.value / found.reference_value - 1.0)
+    assert agreement.value == 1.0, "the likeliest tokens are the same"
+    (same, _) = measure("text-generation", {"logits": logits}, {"logits": logits}, [], None, feeds)
+    assert same.drop == 0.0
+
+
+def test_logits_that_are_no_numbers_make_the_perplexity_infinite() -> None:
+    logits, feeds = language()
+    for wrong in (math.nan, math.inf):
+        broken = logits.copy()
+        broken[1, 0] = wrong
+        found, _ = measure("text-generation", {"logits": logits}, {"logits": broken}, [], None, feeds)
+        assert math.isinf(found.value)
+        assert math.isinf(found.drop)
+        padding = logits.copy()
+        padding[1, 1:] = wrong
+        found, _ = measure("text-generation", {"logits": logits}, {"logits": padding}, [], None, feeds)
+        assert found.drop == 0.0
+
+
 def test_join() -> None:
     assert join([{"a": np.ones((2, 3))}, {"a": np.zeros((1, 3))}])["a"].shape == (3, 3)
 
@@ -182,5 +236,6 @@ def test_budgets() -> None:
     )
     assert default_budget("question-answering", labelled=False).metric == "agreement"
     assert default_budget("tensors", labelled=False).metric == "relative_l2"
+    assert default_budget("text-generation", labelled=False) == Budget("perplexity", 0.01)
     budget = default_budget("fill-mask", labelled=True)
     assert (budget.limit, budget.allowing(0.002).limit) == (0.01, 0.002)

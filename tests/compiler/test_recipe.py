@@ -27,26 +27,53 @@ def write(folder: Path, text: str) -> str:
     return str(folder / "mine.toml")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_the_built_in_recipes_have_stages_for_every_target(name: str) -> None:
+ENCODING = ("reference", "safe", "balanced")
+GENERATION = "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [*((name, "fill-mask") for name in ENCODING), *((name, GENERATION) for name in BUILT_IN)]
+)
+def test_the_built_in_recipes_have_stages_for_every_target(name: str, task: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
     for target in TARGETS:
-        stages = recipe.stages_for(target)
+        stages = recipe.stages_for(target, task)
         assert str(stages[-1][0]) == "finish"
         assert any(alternative.passes == CLEAN for stage in stages for alternative in stage)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_recipe_that_names_a_precision_takes_it_as_it_is_and_is_for_decoders(name: str) -> None:
+    recipe = load_recipe(name)
+    assert not recipe.tune
+    with pytest.raises(UsageError, match=f"the recipe {name} is not for fill-mask. Choose reference or safe"):
+        recipe.stages_for(CPU, "fill-mask")
+
+
+def test_a_recipe_without_stages_for_decoders(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD))
+    with pytest.raises(UsageError, match=r"is not for text-generation. Choose reference or .* or int8 or int4"):
+        recipe.stages_for(CPU, GENERATION)
+    text = GOOD.replace("[stages]", '[generation]\ndefault = ["finish"]\n\n[stages]')
+    both = load_recipe(write(tmp_path, text))
+    assert both.stages_for(CUDA, GENERATION) == ((parse("finish"),),)
+    assert both.stages_for(CUDA) == recipe.stages_for(CUDA)
+    alone = load_recipe(write(tmp_path, GOOD.replace("[stages]", "[generation]")))
+    assert alone.stages_for(CUDA, GENERATION) == recipe.stages_for(CUDA)
+
+
+@pytest.mark.parametrize("task", ["", GENERATION])
 @pytest.mark.parametrize("name", ["reference", "safe"])
-def test_reference_and_safe_change_no_numbers(name: str) -> None:
+def test_reference_and_safe_change_no_numbers(name: str, task: str) -> None:
     for target in TARGETS:
-        passes = [item for stage in load_recipe(name).stages_for(target) for one in stage for item in one.passes]
+        passes = [item for stage in load_recipe(name).stages_for(target, task) for one in stage for item in one.passes]
         assert all(item.effect is Effect.EXACT for item in passes)
 
 
 def test_tensorrt_gets_standard_operators_only_from_the_first_stage_on() -> None:
-    for name in BUILT_IN:
+    for name in ENCODING:
         stages = load_recipe(name).stages_for(TENSORRT)
         assert str(stages[0][0]) == "unfuse-attention"
         assert not {"fuse-attention", "fuse-bias-gelu", "fuse-skip-layer-norm"} & {str(stage[0]) for stage in stages}
@@ -77,6 +104,10 @@ BROKEN = {
     "lacks 'default'": ("default =", "cpu ="),
     "unknown target 'tpu'": ("cuda =", "tpu ="),
     "stages.cuda must be a list of texts": ('["float16"]', '["float16", 3]'),
+    "lacks the key 'stages'": (GOOD[GOOD.index("[stages]") :], ""),
+    "generation must be a dict": ("tune = true", "tune = true\ngeneration = 1"),
+    "[generation] lacks 'default'": ("[stages]", '[generation]\ncuda = ["finish"]\n\n[stages]'),
+    "generation.cuda must be a list": ("[stages]", "[generation]\ndefault = []\ncuda = 1\n\n[stages]"),
     "unknown pass 'float61'": ('["float16"]', '["float61"]'),
     "no option 'range'": ("reduce_range", "range"),
 }

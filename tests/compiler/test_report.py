@@ -102,3 +102,12 @@ def test_odd_figures_make_a_page_too(encoder_bundle: Bundle, ratio: float) -> No
     speed = Speed(1, 2, 1.0, 1.0, ratio, ratio, ratio)
     parsed(render(encoder_bundle.manifest, (replace(proof, speed=(speed,)),)))
     parsed(render(encoder_bundle.manifest, ()))
+
+
+def test_the_shapes_of_a_decoder_are_told_apart(encoder_bundle: Bundle) -> None:
+    speeds = tuple(Speed(batch, length, 2.0, 1.0, 2.0, 1.9, 2.1) for batch, length in ((8, 1), (1, 128)))
+    proofs = [replace(encoder_bundle.proof.variants[0], speed=speeds)]
+    decoder = replace(encoder_bundle.manifest, task="text-generation")
+    told = [row[0] for row in parsed(render(decoder, proofs)).rows if row]
+    assert {"8 × 1 (decode step)", "1 × 128 (prompt)"} <= set(told)
+    assert {"8 × 1", "1 × 128"} <= {row[0] for row in parsed(render(encoder_bundle.manifest, proofs)).rows if row}

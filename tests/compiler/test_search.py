@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -12,12 +13,17 @@ from encoder_graphs import Encoder
 from judging import Judged, Refuse, Rename, Scale, ScaleExactly, crafted
 
 from artifacts.errors import FidelityError, HastenError, PassError
-from artifacts.target import CPU, TENSORRT
+from artifacts.target import CPU, CPU_PROVIDER, TENSORRT
+from compiler.candidate import Candidate, Trial, Verdict
+from compiler.choose import Chooser
+from compiler.costs import CostBase
+from compiler.recipe import PerSite
 from compiler.search import LOAD_TIME_FUSIONS, Search
 from passes.base import Context, Effect, Outcome, Pass, Purpose
 from passes.observers import Verifying
 from passes.pipeline import Pipeline, parse
 from passes.quantize import DynamicInt8
+from passes.sites import linear_sites
 
 
 @dataclass(frozen=True)
@@ -210,6 +216,60 @@ def test_load_time_fusions_stay_where_they_are_faster(
 @pytest.fixture
 def no_fusions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compiler.search.LOAD_TIME_FUSIONS", {})
+
+
+@dataclass(frozen=True)
+class Told(CostBase):
+    """The same cost for every shape, in place of measured ones."""
+
+    known: Mapping[Pass | None, float]
+
+    def milliseconds(
+        self, forms: Sequence[Pass | None], shape: tuple[int, int], precision: str
+    ) -> dict[Pass | None, tuple[float, ...]]:
+        return {form: (self.known[form],) for form in forms}
+
+
+def products(candidate: Candidate) -> Counter[str]:
+    return Counter(node.op_type for node in candidate.model.graph if node.op_type.startswith("MatMul"))
+
+
+@pytest.mark.parametrize(("allowed", "most", "left"), [(5, 12, (5, 7)), (0, 4, (0, 4))])
+def test_operators_step_back_to_a_gentler_form_and_then_to_float32(
+    judged: Judged,
+    quick: Search,
+    monkeypatch: pytest.MonkeyPatch,
+    allowed: int,
+    most: int,
+    left: tuple[int, int],
+) -> None:
+    forms = parse("static-int8(ranges=absmax, correct_bias=false)"), parse("weight-int8")
+    costs = Told(CPU, CPU_PROVIDER, 1, (8,), {forms[0].passes[0]: 1.0, forms[1].passes[0]: 2.0, None: 3.0})
+    # All steps start from the same graph, so one calibration serves them.
+    base = judged.candidate()
+    seen = judged.observe(base.model, [site.input for site in linear_sites(base.model)])
+    quick.context = replace(quick.context, observe=lambda model, values: seen)
+    quick.chooser = Chooser(quick.context, costs)
+    tried: list[Counter[str]] = []
+
+    def shortfall(candidate: Candidate) -> str:
+        tried.append(products(candidate))
+        integer = products(candidate)["MatMulIntegerToFloat"]
+        return f"{integer} of static ranges" if integer > allowed or products(candidate)["MatMulNBits"] > most else ""
+
+    def judge(trial: Trial) -> Verdict:
+        missed = shortfall(trial.candidate)
+        return Verdict(not missed, missed or "it stands", trial.candidate, miss=missed)
+
+    monkeypatch.setattr(quick.judge, "shortfall", shortfall)
+    monkeypatch.setattr(quick.judge, "judge", judge)
+    stage = (PerSite(Pipeline(), tuple(form.passes[0] for form in forms)),)
+    best = quick.walk(base, [stage, one(Rename()), one(Scale(1.01))], tune=False)
+    found = products(best)
+    assert (found["MatMulIntegerToFloat"], found["MatMulNBits"]) == left
+    assert found.total() == 12 + 4, "two layers of six operators, and of two products of activations"
+    # The first trial, the bisection of at most 24 steps, what it found, and the two stages after it.
+    assert len(tried) <= 1 + 5 + 1 + 2
 
 
 @pytest.mark.usefixtures("no_fusions")

@@ -113,6 +113,8 @@ def test_unknown_sentence_modules_and_poolings_are_refused(tmp_path: Path) -> No
         ("BertForTokenClassification", "token-classification"),
         ("RobertaForQuestionAnswering", "question-answering"),
         ("ModernBertForMaskedLM", "fill-mask"),
+        ("LlamaForCausalLM", "text-generation"),
+        ("GPT2LMHeadModel", "text-generation"),
     ],
 )
 def test_infers_the_task(folder: Path, architecture: str, task: str) -> None:
@@ -131,7 +133,7 @@ def test_infers_the_task(folder: Path, architecture: str, task: str) -> None:
         ({"architectures": "BertModel"}, None, "names no architectures"),
         ({"model_type": None}, None, "names no model_type"),
         ({}, "text-classification", "serves feature-extraction, not text-classification"),
-        ({"architectures": ["GPT2LMHeadModel"]}, None, "serves text-generation"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, None, "serves text2text-generation"),
         ({"architectures": ["NoSuchModel"]}, None, "no architecture NoSuchModel"),
         ({"architectures": ["os.system"]}, None, "no architecture"),
     ],
@@ -224,6 +226,9 @@ def test_shards_are_checked_each(folder: Path) -> None:
     with pytest.raises(SourceError, match="outside its folder"):
         read_source(str(folder))
     index.write_text(json.dumps({"weight_map": {"a": table["a"]}}))
+    with pytest.raises(SourceError, match=r"00001-of-00002\.safetensors does not hold a, as model\.safetensors\.index"):
+        read_source(str(folder))
+    index.write_text(json.dumps({"weight_map": {"embeddings.word_embeddings.weight": table["a"]}}))
     assert read_source(str(folder)).task == "feature-extraction"
 
 

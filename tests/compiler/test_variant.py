@@ -74,6 +74,13 @@ def test_a_wrong_export_is_refused(judged: Judged, tmp_path: Path) -> None:
         workshop.build(CPU, PLAIN, start=0.0, span=1.0)
 
 
+def test_a_recipe_that_is_taken_as_it_is_may_be_slower(workshop: Workshop) -> None:
+    with faster(1.5, proof=0.7):
+        built = workshop.build(CPU, replace(PLAIN, tune=False), start=0.0, span=1.0)
+    assert built.planned.precision == "int8"
+    assert built.proof.reason.endswith("slower than the unoptimized graph here; the recipe plain takes it as it is")
+
+
 def test_what_is_slower_as_a_whole_is_reverted_as_a_whole(workshop: Workshop) -> None:
     with faster(1.5, proof=0.7):
         built = workshop.build(CPU, PLAIN, start=0.0, span=1.0)

@@ -130,6 +130,8 @@ def test_layers_share_one_prepared_mask() -> None:
     model = chain(layers=3)
     assert apply_equal(FuseAttention(), model, feeds(additive(4, 2))).changed == 3
     assert operators(model) == {"Concat": 1, "Expand": 1, "MultiHeadAttention": 3, "Shape": 1}
+    prepared = next(node for node in model.graph if node.op_type == "Expand").outputs[0]
+    assert prepared.shape == ir.Shape(["b", 1, "s", "s"]), "passes behind this one prove what they do from shapes"
 
 
 def test_guarded_chain_keeps_fully_masked_rows_finite() -> None:

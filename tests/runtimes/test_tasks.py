@@ -76,6 +76,7 @@ METHODS = {
     "question-answering": ("answer", ("a", "b")),
     "fill-mask": ("fill", ("[MASK]",)),
 }
+"""Of the text tasks but text-generation: see generate/test_generate.py."""
 
 
 @pytest.mark.parametrize("task", [*METHODS, "tensors"])

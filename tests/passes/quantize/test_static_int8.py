@@ -297,6 +297,71 @@ def test_numbers_of_a_whole_encoder(target, fused, options):
         assert tolerance / 8 < error < tolerance
 
 
+INTEGERS = StaticInt8("absmax", correct_bias=False, integer_output=True)
+
+
+def test_structure_of_integers_in_and_out():
+    model = matmul_model()
+    before = signature(model)
+    outcome = INTEGERS.run(model, seeing(CPU))
+    check(model, CPU)
+    assert (outcome.changed, outcome.refused) == (1, ())
+    assert signature(model) == before
+    quantize, product, dequantize, add = model.graph
+    assert [node.op_type for node in model.graph] == ["QuantizeLinear", "QLinearMatMul", "DequantizeLinear", "Add"]
+    assert {node.domain for node in model.graph} == {""}
+    held = model.graph.initializers
+    q, scale, zero, weight, weight_scale, weight_zero, *out = product.inputs
+    assert (q, scale, zero) == (quantize.outputs[0], held["x_scale"], held["x_zero_point"])
+    assert (weight, weight_scale) == (held["w_int8"], held["w_scale"])
+    assert not constant(weight_zero).any()
+    assert constant(weight_zero).shape == constant(weight_scale).shape
+    assert list(dequantize.inputs) == [product.outputs[0], *out]
+    assert list(add.inputs) == [dequantize.outputs[0], held["y_bias"]]
+    assert add.outputs[0] is model.graph.outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "bias"), [*((make, BIAS) for make in MODELS), (lambda: matmul_model(bias=False), np.float32(0.0))]
+)
+@pytest.mark.parametrize("level", [ALL, DISABLED])
+def test_integers_in_and_out_are_those_of_the_oracle(make, bias, level):
+    model = make()
+    INTEGERS.run(model, seeing(CPU))
+    product = oracle(X, clipping_range(activation(X), "absmax"), 0.0)
+    step = (product.max() - product.min()) / 255
+    found = run(model, {"x": X}, level)
+    # Nothing lies outside the range of all rows, whose ends the rounded zero point moves by half a step.
+    error = np.abs(found - (product + bias))
+    assert (error <= step * (1 + 2.0**-14) + float_rounding(X)).all()
+    assert np.mean(error <= step / 2 * (1 + 2.0**-14) + float_rounding(X)) > 0.99
+    # A rounding uniform within a step has a root mean square of step / sqrt(12).
+    assert 0.8 < np.sqrt(np.mean(error**2)) / (step / np.sqrt(12)) < 1.2
+    # Integers come out: less the bias, everything is a multiple of the step, up to what float32 rounds of 255 of them.
+    multiples = (found.astype(np.float64) - bias) / step
+    assert np.abs(multiples - np.rint(multiples)).max() < 4 * 255 * float(np.finfo(np.float32).eps)
+
+
+def test_integers_in_and_out_of_a_whole_encoder():
+    reference = run(Encoder(layers=1).build(), feeds())
+    options = StaticInt8(integer_output=True)
+    model = Encoder(layers=1).build()
+    context = Context(CPU, Observer(feeds(batch=64, seed=1)))
+    assert options.run(model, context).changed == 6
+    check(model, CPU)
+    assert operators(model)["QLinearMatMul"] == 6
+    # As where floats come out; and the products in steps of about 9 deviations in 255.
+    tolerance = np.sqrt(((2.6 / 127) ** 2 + 2 * (9 / 255) ** 2) / 12 * 6)
+    assert tolerance / 8 < relative(run(model, feeds(), DISABLED), reference) < tolerance
+    assert options.run(model, context).changed == 0
+
+
+def test_only_the_cpu_is_told_what_a_product_writes():
+    outcome = INTEGERS.run(matmul_model(), seeing(OPENVINO))
+    assert outcome.changed == 0
+    assert outcome.refused[0].reason == "OpenVINOExecutionProvider decides by itself what a product writes"
+
+
 def test_biases_are_folded_on_the_cpu():
     model, fused = Encoder(layers=1).build(), Encoder(layers=1, fused=True).build()
     adds = operators(model)["Add"]

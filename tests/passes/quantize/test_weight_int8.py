@@ -15,7 +15,7 @@ from artifacts.target import CPU, CUDA, OPENVINO
 from passes.base import Context, Effect, Pass, Purpose
 from passes.grammar import check, signature
 from passes.pipeline import Pipeline, parse
-from passes.quantize.blocks import MIDDLE, QuantizedBlocks, quantize_blocks
+from passes.quantize.blocks import QuantizedBlocks, quantize_blocks
 from passes.quantize.weight_int8 import WeightInt8
 from passes.sites import linear_sites
 
@@ -97,7 +97,7 @@ def test_zero_points_use_the_whole_range():
 
 
 def test_without_zero_points_the_middle_stands_for_zero():
-    blocks = QuantizedBlocks(np.full((1, 1, 2), MIDDLE + 1, np.uint8), np.full((1, 1), 0.5, np.float32), None)
+    blocks = QuantizedBlocks(np.full((1, 1, 2), 129, np.uint8), np.full((1, 1), 0.5, np.float32), None)
     assert blocks.dequantize(2).tolist() == [[0.5], [0.5]]
 
 

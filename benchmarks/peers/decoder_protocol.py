@@ -1,0 +1,145 @@
+"""The peer's side of the decoder benchmark, as `protocol` is of the encoders': prefill and decode, timed in the peer.
+
+Requests besides ``load`` and ``exit``:
+
+| it reads | it answers |
+|---|---|
+| ``{"op": "prefill", "tokens": 512, "seconds": 2.0}`` | ``{"ok": true, "seconds": [0.6, …], "chosen": …}`` |
+| ``{"op": "decode", "prompt": 128, "steps": 64, "batch": 1}`` | the same, seconds of each step |
+
+A prefill ends with the logits of the last token; a step takes a token a row and ends with its logits, whose largest is
+the next token.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from protocol import Ids, best_of, one_line
+
+_SEED = 21
+_TRIAL_STEPS = 16
+_MINIMUM_CALLS = 2
+
+
+class DecoderSetting(ABC):
+    """One way to run a language model."""
+
+    batches: tuple[int, ...] = (1,)
+    """Rows that it can decode at a time."""
+
+    @abstractmethod
+    def prefill(self, ids: Ids) -> None:
+        """Begin anew with the prompts ``ids``, int64 [batch, tokens], up to the logits of their last tokens."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Add the most probable token to each row and compute the logits after it."""
+
+
+class DecoderPeer(ABC):
+    """A package at its best.
+
+    Attributes:
+        packages: Distributions whose versions are told.
+    """
+
+    packages: tuple[str, ...] = ()
+
+    @abstractmethod
+    def load(self, model: Path, texts: Sequence[str], work: Path) -> Mapping[str, Callable[[], DecoderSetting]]:
+        """What may be tried: name -> makes it ready; one that raises is told and left out.
+
+        Args:
+            model: A Hugging Face folder, or what the peer calls a model.
+            texts: Not used; there to be called as `protocol.Peer.load` is.
+            work: A folder for what takes long to make; the next start of this peer finds it there.
+        """
+
+    @abstractmethod
+    def vocabulary(self, model: Path) -> int:
+        """How many token ids the model knows."""
+
+
+class DecoderServer:
+    """Answers requests, one JSON object each."""
+
+    def __init__(self, peer: DecoderPeer) -> None:
+        self._peer = peer
+        self._settings: dict[str, DecoderSetting] = {}
+        self._vocabulary = 0
+        self._chosen: dict[object, tuple[str, dict[str, float]]] = {}
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The reply; whatever goes wrong in a package is told, not raised."""
+        operations = {"load": self._load, "prefill": self._prefill, "decode": self._decode}
+        try:
+            return {"ok": True, **operations[request["op"]](request)}
+        except Exception as error:  # noqa: BLE001 - a package may raise anything, and the asker wants one line
+            return {"ok": False, "error": one_line(error)}
+
+    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        model, work = Path(request["model"]), Path(request["work"])
+        work.mkdir(parents=True, exist_ok=True)
+        failed = {}
+        for name, make in self._peer.load(model, [], work).items():
+            try:
+                self._settings[name] = make()
+            except Exception as error:  # noqa: BLE001 - one setting that does not work here is no reason to give up
+                failed[name] = one_line(error)
+        if not self._settings:
+            raise RuntimeError(f"no setting works: {failed}")
+        self._vocabulary = self._peer.vocabulary(model)
+        versions = {name: version(name) for name in self._peer.packages}
+        return {"settings": list(self._settings), "failed": failed, "versions": versions}
+
+    def _prefill(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        ids = self._ids(1, int(request["tokens"]))
+
+        def once(setting: DecoderSetting) -> float:
+            start = time.perf_counter()
+            setting.prefill(ids)
+            return time.perf_counter() - start
+
+        chosen, tried = self._choose(("prefill", ids.shape), once, 1)
+        times: list[float] = []
+        end = time.perf_counter() + float(request["seconds"])
+        while len(times) < _MINIMUM_CALLS or time.perf_counter() < end:
+            times.append(once(self._settings[chosen]))
+        return {"seconds": times, "chosen": chosen, "tried": tried}
+
+    def _decode(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        ids = self._ids(int(request["batch"]), int(request["prompt"]))
+
+        def steps(setting: DecoderSetting, count: int) -> list[float]:
+            setting.prefill(ids)
+            times = []
+            for _ in range(count):
+                start = time.perf_counter()
+                setting.step()
+                times.append(time.perf_counter() - start)
+            return times
+
+        chosen, tried = self._choose(("decode", ids.shape), lambda one: median(steps(one, _TRIAL_STEPS)), len(ids))
+        seconds = steps(self._settings[chosen], int(request["steps"]))
+        return {"seconds": seconds, "chosen": chosen, "tried": tried}
+
+    def _choose(self, key: object, cost: Callable[[DecoderSetting], float], batch: int) -> tuple[str, dict[str, float]]:
+        if key not in self._chosen:
+            able = {name: one for name, one in self._settings.items() if batch in one.batches}
+            if not able:
+                raise ValueError(f"it does not decode {batch} rows at a time")
+            ways = {name: lambda one=one: cost(one) for name, one in able.items()}
+            self._chosen[key] = best_of(ways)
+        return self._chosen[key]
+
+    def _ids(self, batch: int, tokens: int) -> Ids:
+        low = min(16, self._vocabulary // 2)
+        return np.random.default_rng(_SEED).integers(low, self._vocabulary, (batch, tokens), np.int64)
