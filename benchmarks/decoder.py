@@ -34,33 +34,46 @@ MEASURES = (
 )
 FULL = Plan(restarts=3, rounds=4, seconds=1.0, text_rounds=0, measures=MEASURES)
 QUICK = Plan(restarts=1, rounds=3, seconds=0.5, text_rounds=0, measures=MEASURES)
+RECIPES = {"int4": str(ROOT / "benchmarks" / "recipes" / "int4-random.toml"), "int4-fast": "int4-fast"}
 OURS = "hasten int4"
+"""The one that is judged: its head has 8 bits, as llama.cpp's has 6.5; the other's has 4, as onnxruntime-genai's."""
 SMALL = "llama-168m"
 FIRST_TOKEN = "import hasten; print(next(hasten.load({bundle!r}).generate('w5 w6 w7', stream=True)))"
 
 
 def measure_speed(name: str, quick: bool, folder: Path) -> dict[str, Any]:
     """The race of one shape, as JSON; and, of the small one, a cold start."""
-    model, bundle = random_decoder(folder / name, DECODER_SHAPES[name]), folder / f"{name}-bundle"
-    # The perplexity of random weights says nothing: quality is measured on trained models.
-    wish = ("--target", "cpu", "--recipe", "int4", "--max-drop", "99%", "--quiet")
-    compiled = run_once([sys.executable, "-m", "hasten", "compile", str(model), "-o", str(bundle), *wish])
+    model = random_decoder(folder / name, DECODER_SHAPES[name])
+    bundles = {recipe: folder / f"{name}-{recipe}" for recipe in RECIPES}
+    compiled = {recipe: compile_one(model, bundle, RECIPES[recipe]) for recipe, bundle in bundles.items()}
     script = str(ROOT / "benchmarks" / "peers" / "hasten_decoder.py")
-    ours = Contender(OURS, (sys.executable, script), bundle, {"PYTHONPATH": str(ROOT)}, ours=True)
+    ours = [
+        Contender(f"hasten {recipe}", (sys.executable, script), bundle, {"PYTHONPATH": str(ROOT)}, ours=True)
+        for recipe, bundle in bundles.items()
+    ]
     peers = [
         Contender(one.title, (str(one.python), str(one.script)), model, {})
         for one in found(DECODER_PEERS)
         if one.quick or not quick
     ]
     nothing = write_lines(folder / "nothing.txt", [])
-    race = Race([ours, *peers], QUICK if quick else FULL, Texts(nothing, nothing, nothing, 0, folder), folder / "work")
+    race = Race(
+        [*ours, *peers], QUICK if quick else FULL, Texts(nothing, nothing, nothing, 0, folder), folder / f"{name}-work"
+    )
     race.run()
     figures: dict[str, Any] = {"compile": compiled, "race": race.to_dict(), "lines": lines(race)}
     if name == SMALL:
         runs = 4 if quick else 8
-        command = [sys.executable, "-c", FIRST_TOKEN.format(bundle=str(bundle))]
+        command = [sys.executable, "-c", FIRST_TOKEN.format(bundle=str(bundles["int4"]))]
         figures["first_token"] = sorted(run_once(command)["seconds"] for _ in range(runs))[runs // 2]
     return figures
+
+
+def compile_one(model: Path, bundle: Path, recipe: str) -> dict[str, float]:
+    """Seconds and memory of a compile for the CPU."""
+    # The perplexity of random weights says nothing: quality is measured on trained models.
+    wish = ("--target", "cpu", "--recipe", recipe, "--max-drop", "99%", "--quiet")
+    return run_once([sys.executable, "-m", "hasten", "compile", str(model), "-o", str(bundle), *wish])
 
 
 def lines(race: Race) -> dict[str, Any]:
