@@ -37,7 +37,8 @@ class Goal:
 
     def __str__(self) -> str:
         sign, unit = "≥" if self.at_least else "≤", f" {self.unit}".rstrip()
-        figure = "not measured" if self.figure is None else f"{self.figure:.3g}{unit}"
+        digits = max(3, len(f"{self.goal:g}".replace(".", "").lstrip("-0")))
+        figure = "not measured" if self.figure is None else f"{self.figure:.{digits}g}{unit}"
         return f"{'met   ' if self.met else 'SHORT '} {self.name}: {figure} (goal {sign} {self.goal:g}{unit})"
 
 

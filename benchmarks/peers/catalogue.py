@@ -65,7 +65,7 @@ PEERS = (
 )
 
 DECODER_PEERS = (
-    Entry("llama_cpp_gguf", "llama.cpp", quick=False),
+    Entry("llama_cpp_gguf", "llama.cpp"),
     Entry("onnxruntime_genai_int4", "onnxruntime-genai int4"),
     Entry("transformers_generate", "transformers"),
 )
