@@ -62,7 +62,7 @@ def perplexities(kind: str, model: Path, data: Path, folder: Path) -> dict[str, 
 
 
 def same_texts(model: Path, data: Path, folder: Path) -> dict[str, Any]:
-    """Of the openings of 20 stories, how many torch in float32 and the int8 bundle continue with the same 100 tokens."""
+    """Of the openings of 20 stories, how many torch (float32) and the int8 bundle continue with the same 100 tokens."""
     bundle = folder / "stories260k"
     run_hasten("compile", str(model), "-o", str(bundle), "--target", "cpu", "--recipe", "int8", "--quiet")
     import hasten

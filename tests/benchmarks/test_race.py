@@ -122,6 +122,7 @@ def test_vectors_are_compared_with_the_reference() -> None:
 
 def test_a_goal_says_whether_it_is_met() -> None:
     assert str(Goal("speed", 1.15, True, "x", 1.2)) == "met    speed: 1.2 x (goal ≥ 1.15 x)"
+    assert str(Goal("ratio", 1.0015, False, "x", 1.00123)) == "met    ratio: 1.0012 x (goal ≤ 1.0015 x)"
     assert str(Goal("cosine", 0.95, True, "", 0.9)) == "SHORT  cosine: 0.9 (goal ≥ 0.95)"
     assert str(Goal("memory", 512.0, False, "MB", None)) == "SHORT  memory: not measured (goal ≤ 512 MB)"
 
