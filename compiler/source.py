@@ -157,6 +157,11 @@ def _read_folder(folder: Path, task: str | None, pooling: str | None, *, name: s
 
 def _read_onnx(path: Path, task: str | None, pooling: str | None) -> ModelSource:
     external = check_onnx(path)
+    if task == GENERATION:
+        raise UnsupportedError(
+            f"{path} is a graph, and decoders are compiled from their weights: the cache is part of the export",
+            "Pass the model's Hugging Face folder, or leave --task out to compile it as plain tensors",
+        )
     found = TENSORS if task is None else ("feature-extraction" if task in EMBEDDING_TASKS else task)
     folder = path.resolve().parent
     if found != TENSORS and not _has_tokenizer(folder):

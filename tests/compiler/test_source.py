@@ -293,6 +293,11 @@ def test_onnx_opset_and_tasks(tmp_path: Path) -> None:
         read_source(str(write_onnx(tmp_path / "plain.onnx")), "feature-extraction")
 
 
+def test_a_decoder_is_not_compiled_from_a_graph(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="decoders are compiled from their weights"):
+        read_source(str(write_onnx(tmp_path / "plain.onnx")), "text-generation")
+
+
 def test_hub_ids_fail_fast_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Nothing listens on port 9: what a machine without a network sees, and quick.
     script = (
