@@ -13,7 +13,7 @@ from artifacts.errors import SourceError, UnsupportedError, UsageError
 from .checkpoint import check_onnx, check_weights, read_json
 from .decoders import is_language_model, named_refusal
 from .hub import download, looks_like_hub_id
-from .tasks import EMBEDDING_TASKS, GENERATION, TASKS, TENSORS, serves
+from .tasks import EMBEDDING_TASKS, GENERATION, TASKS, TENSORS, refusal, serves
 
 POOLING_MODES = ("mean", "cls", "max", "none")
 _TOKENIZER_FILES = (
@@ -132,6 +132,8 @@ def _read_folder(folder: Path, task: str | None, pooling: str | None, *, name: s
         found = "feature-extraction"
     else:
         found = serves(architecture, task)
+    if reason := refusal(found, architecture, config):
+        raise UnsupportedError(reason, f"Compiled are models of one part, for {', '.join(TASKS)}")
     tokenizer = next((place for place in (model_folder, folder) if _has_tokenizer(place)), None)
     if tokenizer is None:
         raise SourceError(

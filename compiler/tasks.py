@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from artifacts.errors import InstallationError, UnsupportedError
 from artifacts.manifest import TASKS as BUNDLE_TASKS
 
@@ -35,6 +37,13 @@ def serves(architecture: str, wanted: str | None) -> str:
             "Pass a model that was trained for the task, or leave --task out",
         )
     return wanted
+
+
+def refusal(task: str, architecture: str, config: Mapping[str, object]) -> str:
+    """Why a model whose class serves the task is not compiled for it; empty if it is. Decoders: `compiler.decoders`."""
+    if task == "fill-mask" and config.get("is_encoder_decoder") is True:
+        return f"{architecture} is an encoder-decoder: it writes texts, and fills no masks"
+    return ""
 
 
 def infer_task(architecture: str) -> str:

@@ -86,15 +86,14 @@ def examine(source: str) -> Examined:
 
 def _task(architecture: str, config: dict[str, object], *, sentence: bool) -> tuple[str, str]:
     """The task, and why the architecture is not compiled for it."""
-    from compiler.tasks import GENERATION, serves
+    from compiler.tasks import GENERATION, refusal, serves
 
     try:
         task = serves(architecture, "feature-extraction" if sentence else None)
     except UnsupportedError as error:
         return "", str(error)
     if task != GENERATION:
-        writes = task == "fill-mask" and config.get("is_encoder_decoder") is True
-        return task, f"{architecture} is an encoder-decoder: it writes texts, and fills no masks" if writes else ""
+        return task, refusal(task, architecture, config)
     from compiler.export.decoder_survey import decoder_refusal
 
     return task, decoder_refusal(config, architecture)

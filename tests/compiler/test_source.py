@@ -293,6 +293,12 @@ def test_onnx_opset_and_tasks(tmp_path: Path) -> None:
         read_source(str(write_onnx(tmp_path / "plain.onnx")), "feature-extraction")
 
 
+def test_an_encoder_decoder_fills_no_masks(folder: Path) -> None:
+    edit_config(folder, architectures=["BartForConditionalGeneration"], is_encoder_decoder=True)
+    with pytest.raises(UnsupportedError, match="it writes texts, and fills no masks"):
+        read_source(str(folder))
+
+
 def test_a_decoder_is_not_compiled_from_a_graph(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="decoders are compiled from their weights"):
         read_source(str(write_onnx(tmp_path / "plain.onnx")), "text-generation")
