@@ -100,16 +100,25 @@ class Search:
     def _first(self, best: Candidate, alternatives: Stage) -> Candidate:
         """The first alternative that stands; else what is left of the last one: with gentler forms of the operators
         that cost most quality where it missed the budget; or those of its passes that stand by themselves; or ``best``.
+        One that finds nothing to change does not stand, and leaves nothing.
         """
+        last: tuple[Pipeline | PerSite, Assignment, Verdict] | None = None
         for stage in alternatives:
             self.announce(_label(stage))
             pipeline, assignment = self._assigned(best, stage)
             trial = self._attempt(best, pipeline, _label(stage))
             if trial is None:
-                return best
+                continue
             verdict = self._try(trial)
             if verdict.kept:
                 return verdict.candidate
+            last = stage, assignment, verdict
+        return best if last is None else self._remains(best, *last)
+
+    def _remains(
+        self, best: Candidate, stage: Pipeline | PerSite, assignment: Assignment, verdict: Verdict
+    ) -> Candidate:
+        """What is left of an alternative that did not stand."""
         if isinstance(stage, PerSite) and verdict.miss:
             return self._stepped_back(best, stage, assignment)
         for a_pass in stage.passes if len(stage.passes) > 1 else ():

@@ -9,10 +9,9 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from artifacts.target import CPU_PROVIDER
-from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.base import Context, Effect, ObserveMoments, Outcome, Purpose, Refusal
 from passes.sites import LinearSite
 from passes.splice import label
-from passes.surgery import needed
 
 from .arithmetic import Doubles
 from .block_products import INT8_PRODUCTS, BlockProducts
@@ -22,8 +21,6 @@ from .methods import Method
 
 _ACCURACY_LEVELS = (0, 1, INT8_PRODUCTS)
 """As given by the operator: unset, float32, int8. 2 and 3 are of types that the CPU provider does not compute in."""
-_MOMENT_BYTES = 1 << 30
-"""Second moments that are asked for, and held, at a time; the data are run through the model once for each portion."""
 _BLOCKS_OF_2_BITS = (32, 64, 128)
 """Those that have a kernel; weights in other blocks are turned into floats as a whole at every run."""
 
@@ -51,7 +48,7 @@ class WeightOnly:
     | gptq *         | the least squared error of the product; later rows make up for errors (Frantar et al., 2022) |
 
     Methods with a * need calibration data. gptq then fits scales and codes again with the same aim. Second moments are
-    taken a portion of the sites at a time, and those of later portions see what the earlier ones were rounded to.
+    those of the graph before its sites are rounded.
 
     Refused: targets other than the CPU provider; a method that needs calibration data without them; a weight of fewer
     rows than a block; what DynamicInt8 refuses of weights, sites and patterns. Options for which ONNX Runtime has no
@@ -111,12 +108,16 @@ class WeightOnly:
                 sites.append(site)
             else:
                 refused.append(refusal)
-        if method.calibrated and sites and context.moments is None:
+        products = BlockProducts(model, grid, method, accuracy_level=self.accuracy_level, ordered=self.ordered)
+        if not method.calibrated or not sites:
+            for site in sites:
+                products.rewrite(site, None)
+        elif context.moments is None:
             refused.append(Refusal("", f"{method} needs calibration data", "Compile with data, or choose mse or hqq"))
             return Outcome(0, tuple(refused))
-        products = BlockProducts(model, grid, method, accuracy_level=self.accuracy_level, ordered=self.ordered)
-        for site, second in _with_moments(model, context, sites) if method.calibrated else ((s, None) for s in sites):
-            products.rewrite(site, second)
+        else:
+            for site, second in _with_moments(model, context.moments, sites):
+                products.rewrite(site, second)
         return Outcome(len(sites), tuple(refused))
 
 
@@ -129,33 +130,11 @@ def _unfit(site: LinearSite, grid: Grid) -> Refusal | None:
 
 
 def _with_moments(
-    model: ir.Model, context: Context, sites: Sequence[LinearSite]
+    model: ir.Model, observe: ObserveMoments, sites: Sequence[LinearSite]
 ) -> Iterator[tuple[LinearSite, Doubles]]:
-    """Each site with the second moment of its input; those of later portions see what was rounded before."""
-    if context.moments is None:
-        raise ValueError("there are no calibration data")
-    for portion in _portions(sites):
-        # Inputs are looked up now: sites that were rewritten since have given theirs to new values.
-        inputs = [needed(site.node.inputs[0]) for site in portion]
-        names = [str(value.name) for value in inputs]
-        seen = context.moments(model, list(dict.fromkeys(inputs)))
-        for site, name in zip(portion, names, strict=True):
-            yield site, seen[name].second
-
-
-def _portions(sites: Sequence[LinearSite]) -> Iterator[list[LinearSite]]:
-    """The sites by what they read, as many as the second moments of what they read fit into the memory together."""
-    readers: dict[ir.Value, list[LinearSite]] = {}
-    for site in sites:
-        readers.setdefault(site.input, []).append(site)
-    portion: list[LinearSite] = []
-    held = 0
-    for group in readers.values():
-        size = 8 * group[0].shape[0] ** 2
-        if portion and held + size > _MOMENT_BYTES:
-            yield portion
-            portion, held = [], 0
-        portion += group
-        held += size
-    if portion:
-        yield portion
+    """Each site with the second moment of its input, all of them of the graph as it is now."""
+    inputs = [site.input for site in sites]
+    names = [str(value.name) for value in inputs]
+    seen = observe(model, list(dict.fromkeys(inputs)))
+    for site, name in zip(sites, names, strict=True):
+        yield site, seen[name].second

@@ -10,7 +10,7 @@ from artifacts.target import CPU, CPU_PROVIDER
 from compiler import costs
 from compiler.costs import CostBase
 from passes.fusion import FuseGelu
-from passes.quantize import DynamicInt8, StaticInt8
+from passes.quantize import DynamicInt8, StaticInt8, WeightOnly
 
 SHAPE = (32, 48)
 
@@ -57,6 +57,15 @@ def test_another_shape_provider_option_or_thread_count_is_another_cost(cache: Pa
         known._key(None, SHAPE, "bf16"),
     }
     assert len(keys) == 7
+
+
+def test_how_codes_are_chosen_is_no_cost(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (64, 32)
+    quick, slow = WeightOnly(method="mse"), WeightOnly(method="gptq", ordered=True)
+    known = base().milliseconds((quick, None), shape, "")
+    forbid(monkeypatch)
+    assert base().milliseconds((slow, None), shape, "") == {slow: known[quick], None: known[None]}
+    assert "method=rtn" in "".join(entry.read_text() for entry in cache.glob("*.json"))
 
 
 def test_a_form_that_the_pass_refuses_is_left_out_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

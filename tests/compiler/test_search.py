@@ -148,6 +148,18 @@ def test_the_second_alternative_is_tried_where_the_first_does_not_stand(judged: 
     assert quick.misses == [f"scale(factor=40.0): {first.reason.removeprefix('quality: ')}"]
 
 
+def test_the_second_alternative_is_tried_where_the_first_finds_nothing_to_change(judged: Judged, quick: Search) -> None:
+    best = quick.walk(judged.candidate(), [(*one(Refuse()), *one(Rename()))], tune=False)
+    assert str(best.pipeline) == "rename"
+    assert [(name, kept) for name, kept, _ in told(quick)] == [("refuse", False), ("rename", True)]
+
+
+def test_what_missed_steps_back_though_a_later_alternative_finds_nothing(judged: Judged, quick: Search) -> None:
+    stage = (*one(Rename(), ScaleExactly(1.1)), *one(Refuse()))
+    best = quick.walk(judged.candidate(), [stage], tune=False)
+    assert str(best.pipeline) == "rename"
+
+
 def test_no_lossy_pass_stands(judged: Judged, quick: Search) -> None:
     stages = [one(Rename()), (*one(Scale(40.0)), *one(Scale(60.0)))]
     with pytest.raises(FidelityError) as raised:
