@@ -17,6 +17,7 @@ from artifacts.bundle import Bundle, open_bundle
 from artifacts.errors import UsageError
 from artifacts.manifest import TensorSpec
 from artifacts.proof import Machine
+from artifacts.signature import STEP_INPUTS
 
 from .client import Feeds, Ratio, Timings, Worker
 from .decide import Decision, decide, find_short
@@ -28,7 +29,9 @@ REFERENCE = "reference"
 """Id of the variant that `--keep-reference` leaves in a bundle."""
 ROUNDS = 5
 """Blocks that the measuring of one model at one shape is split into, so that noise meets both models alike."""
-_OURS, _THEIRS, _PEER = "ours", "theirs", "peer "
+OURS, THEIRS = "ours", "theirs"
+"""The bundle that is measured, and what it is compared with."""
+_PEER = "peer "
 _SEED = 20
 
 Shape = tuple[int, int]
@@ -82,8 +85,8 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """What `bench` measured, and on what.
+class Report:
+    """What was measured, and on what.
 
     Attributes:
         name: Name of the model.
@@ -93,9 +96,6 @@ class BenchReport:
         threads: Threads within an operator; 0: one a physical core.
         against: What it was compared with: ``variant on provider``, after the path if another bundle; empty: nothing.
         machine: This machine.
-        rows: A row a shape.
-        ratio: How many times faster over all shapes (geometric mean); None without a comparison.
-        peers: The same for each program that it was compared with.
     """
 
     name: str
@@ -105,13 +105,51 @@ class BenchReport:
     threads: int
     against: str
     machine: Machine
-    rows: tuple[BenchRow, ...]
-    ratio: Ratio | None
-    peers: tuple[PeerResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class BenchReport(Report):
+    """What `bench` measured.
+
+    Attributes:
+        rows: A row a shape.
+        ratio: How many times faster over all shapes (geometric mean); None without a comparison.
+        peers: The same for each program that it was compared with.
+    """
+
+    rows: tuple[BenchRow, ...]
+    ratio: Ratio | None
+    peers: tuple[PeerResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Our model and the one that it is compared with.
+
+    Attributes:
+        models: `OURS`, and `THEIRS` where there is one -> bundle and what of it runs where.
+        against: What the user called the other; None without one.
+        threads: Threads within an operator; 0: one a physical core.
+    """
+
+    models: Mapping[str, tuple[Bundle, Decision]]
+    against: str | Path | None
+    threads: int
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a `Report`."""
+        bundle, chosen = self.models[OURS]
+        told = {"variant": chosen.variant, "provider": chosen.provider, "device": chosen.device}
+        against = self._named(self.models[THEIRS][1]) if THEIRS in self.models else ""
+        return {"name": bundle.manifest.name, **told, "threads": self.threads, "against": against, "machine": machine()}
+
+    def _named(self, decision: Decision) -> str:
+        where = "" if self.against == REFERENCE else f"{self.against}: "
+        return f"{where}{decision.variant} on {find_short(decision.provider)}"
 
 
 def bench(
@@ -150,42 +188,60 @@ def bench(
             the bundle, the other bundle takes other inputs, or a peer's program is not found.
         ProviderError: A model does not run here, or a peer does not do its part.
     """
-    _check(bundle, batches, lengths, seconds, threads)
-    other, wanted = _opponent(bundle, against)
-    chosen = decide(bundle, device=device, provider=provider, variant=variant, threads=threads)
-    models = {_OURS: (bundle, chosen)}
-    if other is not None:
-        models[_THEIRS] = other, decide(other, device=device, variant=wanted, threads=threads)
-    shapes = _shapes(bundle, batches, lengths)
-    with ExitStack() as stack:
-        timers = _peer_timers(stack, peers or {}, peer_timeout) | _timers(stack, models, threads)
-        times = _measure(timers, shapes, seconds)
-    timings = Timings({name: tuple(map(_medians, shape_times)) for name, shape_times in times.items()})
-    return BenchReport(
-        name=bundle.manifest.name,
-        variant=chosen.variant,
-        provider=chosen.provider,
-        device=chosen.device,
-        threads=threads,
-        against=_named(against, models[_THEIRS][1]) if _THEIRS in models else "",
-        machine=machine(),
-        rows=tuple(_row(times, timings, index, shape) for index, (shape, _) in enumerate(shapes)),
-        ratio=timings.ratio(_THEIRS, _OURS) if _THEIRS in models else None,
-        peers=_peer_results(timings, None),
-    )
-
-
-def _check(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int], seconds: float, threads: int) -> None:
-    for name, values in (("batches", batches), ("lengths", lengths)):
-        if not values or any(value < 1 for value in values):
-            raise UsageError(f"{name} {list(values)} are not positive numbers", "Give at least one, each >= 1")
-    if not seconds > 0.0 or threads < 0:
-        raise UsageError(f"seconds is {seconds}, threads is {threads}", "seconds > 0; threads >= 0, 0 for all cores")
+    check_numbers(batches, lengths, seconds, threads)
     processor = bundle.manifest.processor
     if processor is not None and max(lengths) > processor.max_length:
         raise UsageError(
             f"length {max(lengths)} is beyond the model's {processor.max_length} tokens", "Give a shorter one"
         )
+    found = compared(bundle, variant=variant, against=against, threads=threads, device=device, provider=provider)
+    shapes = _shapes(bundle, batches, lengths)
+    with ExitStack() as stack:
+        timers = _peer_timers(stack, peers or {}, peer_timeout) | _timers(stack, found.models, threads)
+        times = _measure(timers, shapes, seconds)
+    timings = Timings({name: tuple(map(_medians, shape_times)) for name, shape_times in times.items()})
+    return BenchReport(
+        **found.facts(),
+        rows=tuple(_row(times, timings, index, shape) for index, (shape, _) in enumerate(shapes)),
+        ratio=timings.ratio(THEIRS, OURS) if THEIRS in found.models else None,
+        peers=_peer_results(timings, None),
+    )
+
+
+def check_numbers(batches: Sequence[int], lengths: Sequence[int], seconds: float, threads: int) -> None:
+    """Refuse what nothing can be measured with.
+
+    Raises:
+        UsageError: A number is not positive, or there is none.
+    """
+    for name, values in (("batches", batches), ("lengths", lengths)):
+        if not values or any(value < 1 for value in values):
+            raise UsageError(f"{name} {list(values)} are not positive numbers", "Give at least one, each >= 1")
+    if not seconds > 0.0 or threads < 0:
+        raise UsageError(f"seconds is {seconds}, threads is {threads}", "seconds > 0; threads >= 0, 0 for all cores")
+
+
+def compared(
+    bundle: Bundle,
+    *,
+    variant: str | None,
+    against: str | Path | None,
+    threads: int,
+    device: str | None,
+    provider: str | None,
+) -> Compared:
+    """Choose what of a bundle is measured, and the same of what it is compared with; arguments as of `bench`.
+
+    Raises:
+        UsageError: There is no such variant, no reference in the bundle, or the other bundle takes other inputs.
+        ProviderError: A model does not run here.
+    """
+    other, wanted = _opponent(bundle, against)
+    chosen = decide(bundle, device=device, provider=provider, variant=variant, threads=threads)
+    models = {OURS: (bundle, chosen)}
+    if other is not None:
+        models[THEIRS] = other, decide(other, device=device, variant=wanted, threads=threads)
+    return Compared(models, against, threads)
 
 
 def _opponent(bundle: Bundle, against: str | Path | None) -> tuple[Bundle | None, str | None]:
@@ -197,7 +253,7 @@ def _opponent(bundle: Bundle, against: str | Path | None) -> tuple[Bundle | None
             raise UsageError(f"{bundle.path} holds no reference variant", "Compile it with --keep-reference")
         return bundle, REFERENCE
     other = open_bundle(Path(against))
-    mine, its = (sorted(spec.name for spec in one.manifest.inputs) for one in (bundle, other))
+    mine, its = _inputs(bundle), _inputs(other)
     if mine != its:
         raise UsageError(
             f"{against} takes {', '.join(its)}, not {', '.join(mine)}", "Compare models of the same inputs"
@@ -205,9 +261,11 @@ def _opponent(bundle: Bundle, against: str | Path | None) -> tuple[Bundle | None
     return other, None
 
 
-def _named(against: str | Path | None, decision: Decision) -> str:
-    where = "" if against == REFERENCE else f"{against}: "
-    return f"{where}{decision.variant} on {find_short(decision.provider)}"
+def _inputs(bundle: Bundle) -> list[str]:
+    """Names of the inputs that a user gives; decoders of any depth compare."""
+    manifest = bundle.manifest
+    given = manifest.inputs if manifest.generation is None else manifest.inputs[: len(STEP_INPUTS)]
+    return sorted(spec.name for spec in given)
 
 
 def _medians(blocks: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -289,9 +347,9 @@ def _worker(bundle: Bundle, decision: Decision, threads: int) -> Worker:
 
 
 def _row(times: Mapping[str, list[list[list[float]]]], timings: Timings, index: int, shape: Shape) -> BenchRow:
-    calls = np.concatenate(times[_OURS][index]) * 1e3
+    calls = np.concatenate(times[OURS][index]) * 1e3
     p50, p90, p99 = (float(value) for value in np.percentile(calls, (50, 90, 99)))
-    compared = _THEIRS in times
+    compared = THEIRS in times
     return BenchRow(
         batch=shape[0],
         length=shape[1],
@@ -300,8 +358,8 @@ def _row(times: Mapping[str, list[list[list[float]]]], timings: Timings, index: 
         p99_ms=p99,
         per_second=shape[0] / (float(calls.mean()) / 1e3),
         calls=len(calls),
-        against_ms=timings.ms(_THEIRS, index) if compared else None,
-        ratio=timings.ratio(_THEIRS, _OURS, index) if compared else None,
+        against_ms=timings.ms(THEIRS, index) if compared else None,
+        ratio=timings.ratio(THEIRS, OURS, index) if compared else None,
         peers=_peer_results(timings, index),
     )
 
@@ -312,7 +370,7 @@ def _peer_results(timings: Timings, index: int | None) -> tuple[PeerResult, ...]
         PeerResult(
             name=name.removeprefix(_PEER),
             ms=None if index is None else timings.ms(name, index),
-            ratio=timings.ratio(name, _OURS, index),
+            ratio=timings.ratio(name, OURS, index),
         )
         for name in timings.rounds
         if name.startswith(_PEER)

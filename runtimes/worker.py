@@ -33,20 +33,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.errors import HastenError, ProviderError
+from artifacts.errors import ProviderError
 from artifacts.manifest import SessionOptions
 
+from .answers import Reply, answer, protect_stdout
 from .protobuf import op_types
 from .session import Feeds, Session
 from .settings import Settings
 
 MINIMUM_CALLS = 3
-Reply = dict[str, Any]
 
 
 class Server:
@@ -58,7 +58,7 @@ class Server:
 
     def answer(self, request: Mapping[str, Any]) -> Reply:
         """The reply to one request; an error of hasten's becomes ``{"ok": false}``."""
-        operations: dict[str, Callable[[Mapping[str, Any]], Reply]] = {
+        operations = {
             "load": self._on_load,
             "run": self._on_run,
             "time": self._on_time,
@@ -67,12 +67,7 @@ class Server:
             "profile": self._on_profile,
             "devices": self._on_devices,
         }
-        try:
-            return {"ok": True, **operations[request["op"]](request)}
-        except HastenError as error:
-            return {"ok": False, "error": str(error)}
-        except (KeyError, OSError, ValueError, MemoryError) as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        return answer(operations, request)
 
     def _on_load(self, request: Mapping[str, Any]) -> Reply:
         self._load = request
@@ -172,14 +167,6 @@ def _read_arrays(request: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         return {name: arrays[f"arr_{index}"] for index, name in enumerate(request["names"])}
 
 
-def _protect_stdout() -> BinaryIO:
-    """The real stdout for answers alone; what native code prints to descriptor 1 goes to stderr."""
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    return answers
-
-
 def _listen(requests: queue.SimpleQueue[str], folder: str) -> None:
     for line in sys.stdin:
         requests.put(line)
@@ -191,7 +178,7 @@ def _listen(requests: queue.SimpleQueue[str], folder: str) -> None:
 
 def main(folder: str = "") -> None:
     """Serve until ``exit`` or the end of stdin; then ``folder``, the parent's for our arrays, is deleted."""
-    answers = _protect_stdout()
+    answers = protect_stdout()
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests, folder), daemon=True).start()
     server = Server()

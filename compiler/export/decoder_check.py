@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from artifacts.errors import UnsupportedError
 from runtimes.environment import ORT_ERRORS, short_reason
 from runtimes.environment import onnxruntime as ort
+from runtimes.generate.feeds import step_feeds
 from runtimes.golden import relative_error
 
 from ..tolerance import rounding_tolerance
@@ -58,14 +59,14 @@ def check_decoder(
         ids = generator.integers(0, vocabulary, (len(prompts), int(prompts.max()) + steps))
         index = np.linspace(0, prompts - 1, _POSITIONS, axis=1).astype(np.int64)
         later = prompts[:, None] + np.arange(steps)
-        feeds = prefill_feeds(ids, prompts + steps, np.concatenate([index, later], axis=1))
+        feeds = _prompt(ids, prompts + steps, np.concatenate([index, later], axis=1))
         wanted = reference(feeds)["logits"]
         buffers = _Buffers(session, layers, len(prompts), ids.shape[1] + 1)
         with _told(name):
-            got = [buffers.run(prefill_feeds(ids[:, : prompts.max()], prompts, index))]
+            got = [buffers.run(_prompt(ids, prompts, index))]
             for step in range(steps):
                 token = np.take_along_axis(ids, later[:, step : step + 1], axis=1)
-                got.append(buffers.run(decode_feeds(token, prompts + step)))
+                got.append(buffers.run(step_feeds(token, prompts + step, np.zeros_like(token))))
         error = relative_error(np.concatenate(got, axis=1), wanted)
         if not error <= tolerance:
             raise UnsupportedError(
@@ -77,33 +78,9 @@ def check_decoder(
     return worst
 
 
-def prefill_feeds(ids: NDArray[np.int64], lengths: NDArray[np.int64], index: NDArray[np.int64]) -> Feeds:
-    """Feeds of a first prompt, but for its KV buffers.
-
-    Args:
-        ids: ``[rows, columns]``, padded on the right.
-        lengths: Tokens of each row, ``[rows]``.
-        index: Which columns get logits, ``[rows, positions]``.
-    """
-    rows, columns = ids.shape
-    return {
-        "input_ids": ids,
-        "position_ids": np.tile(np.arange(columns, dtype=np.int64), (rows, 1)),
-        "seqlens_k": (lengths - 1).astype(np.int32),
-        "total_sequence_length": np.asarray(columns, np.int32),
-        "logits_index": index,
-    }
-
-
-def decode_feeds(ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> Feeds:
-    """Feeds of one more token in each row, ``ids [rows, 1]`` after ``lengths [rows]``, but for the KV buffers."""
-    return {
-        "input_ids": ids,
-        "position_ids": lengths[:, None].astype(np.int64),
-        "seqlens_k": lengths.astype(np.int32),
-        "total_sequence_length": np.asarray(lengths.max() + 1, np.int32),
-        "logits_index": np.zeros((len(ids), 1), np.int64),
-    }
+def _prompt(ids: NDArray[np.int64], lengths: NDArray[np.int64], index: NDArray[np.int64]) -> Feeds:
+    """Feeds of a first prompt, the first ``lengths [rows]`` of ``ids [rows, columns]``, but for its KV buffers."""
+    return step_feeds([row[:length] for row, length in zip(ids, lengths, strict=True)], 0, index)
 
 
 class _Buffers:

@@ -6,7 +6,6 @@ report says how much of its measured bandwidth the weights took.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -19,22 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.bundle import Bundle, open_bundle
+from artifacts.bundle import Bundle
 from artifacts.errors import UsageError
-from artifacts.proof import Machine
 
-from ..bench import REFERENCE
+from ..bench import OURS, THEIRS, Compared, Report, check_numbers, compared
 from ..client import Ratio, Timings
-from ..decide import Decision, decide, find_short
+from ..decide import Decision
 from ..environment import import_paths
-from ..fingerprint import machine
 from ..peers import Peer
 from .bandwidth import memory_bandwidth, weight_bytes
 from .cache import check_memory, layout_of
 
 LEAST_ROUNDS = 3
 """Rounds of a shape, whatever the seconds; one more is made before them and dropped."""
-_OURS, _THEIRS = "ours", "theirs"
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtimes.generate.timing import main; main()"
 )
@@ -78,17 +74,10 @@ class DecodeRow:
 
 
 @dataclass(frozen=True)
-class DecoderReport:
-    """What `bench_decoder` measured, and on what.
+class DecoderReport(Report):
+    """What `bench_decoder` measured.
 
     Attributes:
-        name: Name of the model.
-        variant: Variant measured.
-        provider: Execution provider it ran on.
-        device: Device it ran on.
-        threads: Threads within an operator; 0: one a physical core.
-        against: What it was compared with; empty: nothing.
-        machine: This machine.
         rows: A row a shape.
         load_seconds: Seconds to load the graph and the tokenizer in a new process, its imports not counted.
         weight_bytes: Bytes of weights that a step reads.
@@ -96,22 +85,11 @@ class DecoderReport:
         peak_bytes: Most memory that the process was resident with.
     """
 
-    name: str
-    variant: str
-    provider: str
-    device: str
-    threads: int
-    against: str
-    machine: Machine
     rows: tuple[DecodeRow, ...]
     load_seconds: float
     weight_bytes: int
     memory_bandwidth: float
     peak_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return dataclasses.asdict(self)
 
 
 def bench_decoder(
@@ -147,25 +125,14 @@ def bench_decoder(
         UsageError: A number is not positive, no shape fits into context and memory, or nothing is there to compare.
         ProviderError: A model does not run here.
     """
-    if not seconds > 0.0 or threads < 0:
-        raise UsageError(f"seconds is {seconds}, threads is {threads}", "seconds > 0; threads >= 0, 0 for all cores")
+    check_numbers(batches, lengths, seconds, threads)
     shapes = _shapes(bundle, batches, lengths, new_tokens)
-    other, wanted = _opponent(bundle, against)
-    chosen = decide(bundle, device=device, provider=provider, variant=variant, threads=threads)
-    models = {_OURS: (bundle, chosen)}
-    if other is not None:
-        models[_THEIRS] = other, decide(other, device=device, variant=wanted, threads=threads)
-    load, peak, rounds = _measure(models, shapes, new_tokens, seconds, threads)
-    touched = weight_bytes(bundle.path / bundle.variant(chosen.variant).model)
+    found = compared(bundle, variant=variant, against=against, threads=threads, device=device, provider=provider)
+    load, peak, rounds = _measure(found, shapes, new_tokens, seconds)
+    touched = weight_bytes(bundle.path / bundle.variant(found.models[OURS][1].variant).model)
     return DecoderReport(
-        name=bundle.manifest.name,
-        variant=chosen.variant,
-        provider=chosen.provider,
-        device=chosen.device,
-        threads=threads,
-        machine=machine(),
-        against=_named(against, models.get(_THEIRS)),
-        rows=tuple(_row(shape, found, touched) for shape, found in zip(shapes, rounds, strict=True)),
+        **found.facts(),
+        rows=tuple(_row(shape, one, touched) for shape, one in zip(shapes, rounds, strict=True)),
         load_seconds=load,
         weight_bytes=touched,
         memory_bandwidth=memory_bandwidth(threads),
@@ -177,9 +144,6 @@ def _shapes(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int], new_
     processor = bundle.manifest.processor
     if bundle.manifest.generation is None or processor is None:
         raise UsageError(f"{bundle.path} is a {bundle.manifest.task} model, not a language model")
-    for name, values in (("batches", batches), ("lengths", lengths)):
-        if not values or any(value < 1 for value in values):
-            raise UsageError(f"{name} {list(values)} are not positive numbers", "Give at least one, each >= 1")
     if new_tokens < 2:
         raise UsageError(f"{new_tokens} new tokens have no time between them", "Write at least 2")
     room = processor.max_length - new_tokens
@@ -194,27 +158,6 @@ def _shapes(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int], new_
     return [(batch, length) for batch in batches for length in fitting]
 
 
-def _opponent(bundle: Bundle, against: str | Path | None) -> tuple[Bundle | None, str | None]:
-    if against is None:
-        return None, None
-    if against == REFERENCE:
-        if all(variant.id != REFERENCE for variant in bundle.manifest.variants):
-            raise UsageError(f"{bundle.path} holds no reference variant", "Compile it with --keep-reference")
-        return bundle, REFERENCE
-    other = open_bundle(Path(against))
-    if other.manifest.generation is None:
-        raise UsageError(f"{against} is a {other.manifest.task} model", "Compare with another language model")
-    return other, None
-
-
-def _named(against: str | Path | None, model: tuple[Bundle, Decision] | None) -> str:
-    if model is None:
-        return ""
-    decision = model[1]
-    where = "" if against == REFERENCE else f"{against}: "
-    return f"{where}{decision.variant} on {find_short(decision.provider)}"
-
-
 def _child(bundle: Bundle, decision: Decision) -> Peer:
     command = (sys.executable, "-c", _BOOTSTRAP, json.dumps(import_paths()))
     return Peer(f"{bundle.manifest.name} ({decision.variant})", command, timeout=_ANSWER_SECONDS)
@@ -227,14 +170,14 @@ def _load(child: Peer, bundle: Bundle, decision: Decision, threads: int) -> floa
 
 
 def _measure(
-    models: Mapping[str, tuple[Bundle, Decision]], shapes: Sequence[Shape], steps: int, seconds: float, threads: int
+    found: Compared, shapes: Sequence[Shape], steps: int, seconds: float
 ) -> tuple[float, int, list[dict[str, Rounds]]]:
     """Seconds that ours took to load, bytes it was resident with, and the rounds of each shape by model."""
     with ExitStack() as stack:
-        children = {name: stack.enter_context(_child(*model)) for name, model in models.items()}
-        loads = {name: _load(children[name], *models[name], threads) for name in models}
+        children = {name: stack.enter_context(_child(*model)) for name, model in found.models.items()}
+        loads = {name: _load(children[name], *model, found.threads) for name, model in found.models.items()}
         rounds = [_rounds(children, shape, steps, seconds) for shape in shapes]
-        return loads[_OURS], int(children[_OURS].ask("memory")["peak"]), rounds
+        return loads[OURS], int(children[OURS].ask("memory")["peak"]), rounds
 
 
 def _rounds(children: Mapping[str, Peer], shape: Shape, steps: int, seconds: float) -> dict[str, Rounds]:
@@ -243,14 +186,14 @@ def _rounds(children: Mapping[str, Peer], shape: Shape, steps: int, seconds: flo
     for child in children.values():
         child.ask("time", request)  # buffers, and kernels for a new shape
     end = time.perf_counter() + seconds * len(children)
-    while len(found[_OURS]) < LEAST_ROUNDS or time.perf_counter() < end:
+    while len(found[OURS]) < LEAST_ROUNDS or time.perf_counter() < end:
         for name, child in children.items():
             found[name].append(child.ask("time", request))
     return found
 
 
 def _row(shape: Shape, found: Mapping[str, Rounds], touched: int) -> DecodeRow:
-    ours = found[_OURS]
+    ours = found[OURS]
     steps = np.concatenate([one["steps"] for one in ours])
     p50, p99 = (float(value) for value in np.percentile(steps, (50, 99)))
     batch, prompt = shape
@@ -270,7 +213,7 @@ def _row(shape: Shape, found: Mapping[str, Rounds], touched: int) -> DecodeRow:
 
 
 def _ratio(found: Mapping[str, Rounds], cost: Callable[[dict[str, Any]], float]) -> Ratio | None:
-    if _THEIRS not in found:
+    if THEIRS not in found:
         return None
     timings = Timings({name: (tuple(cost(one) * 1e3 for one in rounds),) for name, rounds in found.items()})
-    return timings.ratio(_THEIRS, _OURS)
+    return timings.ratio(THEIRS, OURS)

@@ -14,7 +14,8 @@ from artifacts.signature import STEP_INPUTS
 from ..golden import Golden, relative_error
 from ..session import Session
 from .cache import layout_of
-from .decoder import Decoder, step_feeds
+from .decoder import Decoder
+from .feeds import step_feeds
 
 _TOKENS = 8
 

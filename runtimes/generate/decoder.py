@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..session import Binding, Session
 from .cache import CacheLayout, KVCache
+from .feeds import step_feeds
 from .results import log_softmax
 
 Floats = NDArray[np.float32]
@@ -143,27 +144,6 @@ class Decoder:
             "logits_index": self._first[:rows],
         }
         return self._session.bind({**feeds, **past}, {"logits": self._logits[:rows], **present})
-
-
-def step_feeds(prompts: Sequence[Sequence[int]], start: int, places: Int64) -> dict[str, NDArray[Any]]:
-    """The graph's inputs before the cache, for rows that all continue at ``start``; padded on the right.
-
-    Args:
-        prompts: Token ids of each row, none empty.
-        start: Tokens of each row in the cache.
-        places: Where in the rows logits are wanted, int64 [rows, positions].
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), longest), np.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return {
-        "input_ids": ids,
-        "position_ids": np.tile(np.arange(start, start + longest), (len(prompts), 1)),
-        "seqlens_k": np.array([start + len(prompt) - 1 for prompt in prompts], np.int32),
-        "total_sequence_length": np.array(start + longest, np.int32),
-        "logits_index": places,
-    }
 
 
 def grouped(lengths: Sequence[int]) -> list[list[int]]:

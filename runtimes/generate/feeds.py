@@ -1,4 +1,4 @@
-"""Random inputs for a decoder's graph: what is measured where no text is at hand."""
+"""What a decoder's graph is fed: the inputs of a call, and random ones where no text is at hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,56 @@ from numpy.typing import NDArray
 from artifacts.manifest import Manifest, TensorSpec
 from artifacts.signature import STEP_INPUTS
 
-from .decoder import step_feeds
-
 _HELD = 128
 
 Arrays = dict[str, NDArray[Any]]
+Int64 = NDArray[np.int64]
+
+
+def step_feeds(prompts: Sequence[Sequence[int]] | Sequence[Int64] | Int64, held: Int64 | int, places: Int64) -> Arrays:
+    """The graph's inputs before the cache, for rows that each go on where they are; padded on the right.
+
+    Args:
+        prompts: Token ids of each row in this call, none empty.
+        held: Tokens of each row that the cache holds, int64 [rows], or one number for all.
+        places: Where in the rows logits are wanted, int64 [rows, positions].
+    """
+    lengths = np.array([len(prompt) for prompt in prompts])
+    held = np.broadcast_to(np.asarray(held, np.int64), lengths.shape)
+    ids = np.zeros((len(prompts), lengths.max()), np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return {
+        "input_ids": ids,
+        "position_ids": held[:, None] + np.arange(ids.shape[1]),
+        "seqlens_k": (held + lengths - 1).astype(np.int32),
+        "total_sequence_length": np.array(held.max() + ids.shape[1], np.int32),
+        "logits_index": places,
+    }
+
+
+def cache_feeds(
+    inputs: Sequence[TensorSpec], rows: int, capacity: int, rng: np.random.Generator | None = None
+) -> Arrays:
+    """Keys and values of every layer.
+
+    Args:
+        inputs: Of the graph.
+        rows: Texts.
+        capacity: Tokens of each.
+        rng: What they are drawn from; None: zeros, of which layers of the same shape share one array, so that many
+            prompts can be kept. Shared arrays are not to be bound as outputs.
+    """
+    zeros: dict[tuple[str, tuple[int, ...]], NDArray[Any]] = {}
+    found: Arrays = {}
+    for spec in inputs[len(STEP_INPUTS) :]:
+        dtype, shape = np.dtype(spec.dtype), (rows, int(spec.shape[1]), capacity, int(spec.shape[3]))
+        if rng is None:
+            found[spec.name] = zeros.setdefault((spec.dtype, shape), np.zeros(shape, dtype))
+        else:
+            drawn = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 100, shape)
+            found[spec.name] = drawn.astype(dtype)
+    return found
 
 
 def random_feeds(
@@ -31,14 +76,9 @@ def random_feeds(
         rng: What ids, keys and values are drawn from.
         held: Tokens of each row that the cache holds.
     """
-    prompts = rng.integers(0, vocabulary, (rows, length)).tolist()
-    feeds = step_feeds(prompts, held, np.full((rows, 1), length - 1, np.int64))
-    for spec in inputs[len(STEP_INPUTS) :]:
-        shape = (rows, int(spec.shape[1]), held + length, int(spec.shape[3]))
-        dtype = np.dtype(spec.dtype)
-        drawn = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 100, shape)
-        feeds[spec.name] = drawn.astype(dtype)
-    return feeds
+    prompts = rng.integers(0, vocabulary, (rows, length))
+    step = step_feeds(prompts, held, np.full((rows, 1), length - 1, np.int64))
+    return {**step, **cache_feeds(inputs, rows, held + length, rng)}
 
 
 def prompt_feeds(manifest: Manifest, rows: int, length: int, seed: int = 0) -> Arrays:

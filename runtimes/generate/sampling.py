@@ -190,10 +190,10 @@ def distribution(logits: Floats, sampling: Sampling) -> tuple[Int64, Doubles]:
         return tokens, kept / kept.sum()
     total = weights.sum()
     if top_k:
-        tokens = _largest(weights, top_k)
+        tokens = _largest(logits, top_k)
         total = weights[tokens].sum()
     else:
-        tokens = _reaching(weights, sampling.top_p * total)
+        tokens = _reaching(logits, weights, sampling.top_p * total)
     kept = weights[tokens]
     if sampling.top_p < 1.0:
         # The first stays, and each whose predecessors do not yet reach top_p.
@@ -206,22 +206,25 @@ def distribution(logits: Floats, sampling: Sampling) -> tuple[Int64, Doubles]:
     return tokens, kept / kept.sum()
 
 
-def _reaching(weights: Doubles, least: float) -> Int64:
-    """Ids of the largest weights, from the largest down, enough of them that they add up to ``least``."""
+def _reaching(logits: Floats, weights: Doubles, least: float) -> Int64:
+    """Ids of the largest logits, from the largest down, enough of them that their weights add up to ``least``."""
     count = _FIRST_CUT
-    while count < len(weights):
-        tokens = _largest(weights, count)
+    while count < len(logits):
+        tokens = _largest(logits, count)
         if weights[tokens].sum() >= least:
             return tokens
         count *= _GROWTH
-    return np.argsort(-weights, kind="stable")
+    return np.argsort(-logits, kind="stable")
 
 
-def _largest(weights: Doubles, count: int) -> Int64:
-    """Ids of the ``count`` largest weights, from the largest down; of equal ones the lower id."""
-    if count >= len(weights):
-        return np.argsort(-weights, kind="stable")
-    least = np.partition(weights, len(weights) - count)[len(weights) - count]
-    above = np.flatnonzero(weights > least)
-    tokens = np.concatenate([above, np.flatnonzero(weights == least)[: count - len(above)]])
-    return tokens[np.lexsort((tokens, -weights[tokens]))]
+def _largest(logits: Floats, count: int) -> Int64:
+    """Ids of the ``count`` largest logits, from the largest down; of equal ones the lower id.
+
+    They are ranked before the temperature and the exponential, which make neighbours equal.
+    """
+    if count >= len(logits):
+        return np.argsort(-logits, kind="stable")
+    least = np.partition(logits, len(logits) - count)[len(logits) - count]
+    above = np.flatnonzero(logits > least)
+    tokens = np.concatenate([above, np.flatnonzero(logits == least)[: count - len(above)]])
+    return tokens[np.lexsort((tokens, -logits[tokens]))]

@@ -16,18 +16,18 @@ of every row is text, and each of ``steps`` the seconds from one token of every 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from artifacts.bundle import Bundle, open_bundle
-from artifacts.errors import HastenError, ProviderError
+from artifacts.errors import ProviderError
 
+from ..answers import Reply, answer, protect_stdout
 from ..session import Session
 from .cache import check_memory, layout_of
 from .decoder import Decoder, grouped
@@ -35,7 +35,6 @@ from .detokenize import Vocabulary
 from .loop import Job, Request, Row
 from .sampling import Sampling
 
-Reply = dict[str, Any]
 _SEED = 22
 _FIRST_ID = 16  # below it are special tokens, mostly
 
@@ -50,17 +49,12 @@ class Timer:
 
     def answer(self, request: Mapping[str, Any]) -> Reply:
         """The reply to one request; an error of hasten's becomes ``{"ok": false}``."""
-        operations: dict[str, Callable[[Mapping[str, Any]], Reply]] = {
+        operations = {
             "load": self._load,
             "time": self._time,
             "memory": self._memory,
         }
-        try:
-            return {"ok": True, **operations[request["op"]](request)}
-        except HastenError as error:
-            return {"ok": False, "error": str(error)}
-        except (KeyError, OSError, ValueError, MemoryError) as error:
-            return {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        return answer(operations, request)
 
     def _load(self, request: Mapping[str, Any]) -> Reply:
         bundle = open_bundle(request["bundle"], verify=False)
@@ -135,17 +129,9 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most << 10
 
 
-def _protect_stdout() -> BinaryIO:
-    """The real stdout for answers alone; what native code prints to descriptor 1 goes to stderr."""
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    return answers
-
-
 def main() -> None:
     """Serve until ``exit`` or the end of stdin."""
-    answers = _protect_stdout()
+    answers = protect_stdout()
     timer = Timer()
     for line in sys.stdin:
         request = json.loads(line)

@@ -15,7 +15,6 @@ from artifacts.manifest import TensorSpec
 from compiler.generation import (
     FILLED,
     PROOF_SHAPES,
-    caches,
     continued_error,
     decode,
     golden_prompt,
@@ -26,6 +25,7 @@ from compiler.generation import (
     timed,
     windows,
 )
+from runtimes.generate.feeds import cache_feeds
 from runtimes.golden import Golden
 
 VOCABULARY = 11
@@ -129,7 +129,7 @@ def test_feeds_of_a_prompt() -> None:
 
 
 def test_feeds_of_a_step() -> None:
-    feeds = decode(np.array([7, 8]), np.array([3, 5]), caches(INPUTS, 2, 8))
+    feeds = decode(np.array([7, 8]), np.array([3, 5]), cache_feeds(INPUTS, 2, 8))
     assert list(feeds) == [spec.name for spec in INPUTS]
     assert [feeds[spec.name].dtype.name for spec in INPUTS] == [spec.dtype for spec in INPUTS]
     assert feeds["position_ids"].tolist() == [[3], [5]]
@@ -138,7 +138,7 @@ def test_feeds_of_a_step() -> None:
 
 
 def test_layers_share_an_empty_cache() -> None:
-    made = caches(INPUTS, 2, 8)
+    made = cache_feeds(INPUTS, 2, 8)
     assert made["past_key_values.0.key"] is made["past_key_values.0.value"]
 
 
@@ -184,7 +184,7 @@ def test_a_cache_written_at_the_wrong_place_is_seen() -> None:
 
 def test_a_cache_that_is_not_read_is_seen() -> None:
     def forgetful(feeds: Mapping[str, NDArray[Any]]) -> Arrays:
-        return decoder({**feeds, **caches(INPUTS, len(feeds["input_ids"]), 12)})
+        return decoder({**feeds, **cache_feeds(INPUTS, len(feeds["input_ids"]), 12)})
 
     assert continued_error(forgetful, golden(40, 30)) > 0.1
 

@@ -64,6 +64,12 @@ def test_of_equal_logits_the_lower_ids_stay():
     assert distribution(np.zeros(9, np.float32), Sampling(True, top_k=3))[0].tolist() == [0, 1, 2]
 
 
+def test_the_likeliest_stays_where_the_exponential_makes_all_equal():
+    values = np.array([0.0, 1.4e-45], np.float32)
+    for sampling in (Sampling(True, 0.7, top_p=0.0), Sampling(True, 0.7, top_k=1)):
+        assert distribution(values, sampling)[0].tolist() == [1]
+
+
 @given(
     st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=40),
     st.integers(0, 50),
