@@ -18,7 +18,7 @@ from .constraints import (
     path_problem,
     shown,
 )
-from .signature import decoder_problem
+from .signature import STEP_INPUTS, cache_problem, decoder_problem
 from .strict import At, Omitted, check_schema, decode, encode_document, read_json, require_unique
 
 MANIFEST_NAME = "manifest.json"
@@ -123,6 +123,7 @@ class Variant:
         session: How to load it.
         tolerance: Relative L2 error on the golden outputs below which a provider runs it correctly.
         weights: Paths of the weights files that the graph refers to.
+        cache: Inputs of its KV cache, where they are not those of the manifest; absent where they are.
     """
 
     id: Word
@@ -134,6 +135,7 @@ class Variant:
     session: SessionOptions
     tolerance: Annotated[float, Between(0.0, 1.0)]
     weights: tuple[BundlePath, ...]
+    cache: Annotated[tuple[TensorSpec, ...] | None, Omitted()] = None
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,8 @@ class Manifest:
         task: One of `TASKS`.
         source: Where the model came from.
         toolchain: Versions of what made it, sorted by name.
-        inputs: Inputs, equal in all variants.
-        outputs: Outputs, equal in all variants.
+        inputs: Inputs, equal in all variants but for a KV cache; see `inputs_of`.
+        outputs: Outputs, likewise.
         processor: How texts become tensors; absent for plain tensors.
         variants: At least one.
         files: Every content file but manifest.json itself.
@@ -236,6 +238,10 @@ class Manifest:
     variants: tuple[Variant, ...]
     files: tuple[FileEntry, ...]
     generation: Annotated[Generation | None, Omitted()] = None
+
+    def inputs_of(self, variant: Variant) -> tuple[TensorSpec, ...]:
+        """Inputs of the graph of a variant: those of all, or with a KV cache of its own."""
+        return self.inputs if variant.cache is None else (*self.inputs[: len(STEP_INPUTS)], *variant.cache)
 
     def to_json(self) -> bytes:
         """Canonical bytes of manifest.json: equal manifests give equal bytes."""
@@ -287,6 +293,7 @@ def _check(manifest: Manifest, at: At) -> None:
         raise at.field("files").error("the sizes add up to too much")
     files = {entry.path: entry for entry in manifest.files}
     _check_variants(manifest, files, at.field("variants"))
+    _check_caches(manifest, at.field("variants"))
     _check_weights(manifest, at.field("files"))
     if manifest.processor is None:
         if manifest.task != "tensors":
@@ -342,6 +349,16 @@ def _check_variants(manifest: Manifest, files: dict[str, FileEntry], at: At) -> 
                 raise here.field("weights").item(number).error(f"{shown(path)} is no weights/<sha256>.bin")
             if path not in files:
                 raise here.field("weights").item(number).error(f"{shown(path)} is not listed in files")
+
+
+def _check_caches(manifest: Manifest, at: At) -> None:
+    for index, variant in enumerate(manifest.variants):
+        if variant.cache is not None:
+            here = at.item(index).field("cache")
+            if manifest.task != "text-generation":
+                raise here.error(f"the task {manifest.task} has no KV cache")
+            if problem := cache_problem(variant.cache):
+                raise here.error(problem)
 
 
 def _check_weights(manifest: Manifest, at: At) -> None:

@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,7 @@ from .manifest import MANIFEST_NAME, PROOF_NAME, FileEntry, Manifest
 from .proof import Proof
 from .strict import MAX_DOCUMENT
 from .swap import Staging, output_errors, staged_file
-from .tree import Writable, copy_exactly, open_plain
+from .tree import Writable, copy_exactly, open_plain, reading_errors
 from .ustar import BLOCK, SIZE_FIELD, difference, header_of, padded
 
 MAX_RATIO = 100
@@ -35,6 +36,8 @@ FREE_BYTES = 16 << 20
 
 _END = bytes(2 * BLOCK)
 _LEVEL = 9
+_MIN_MATCH = 7
+"""Bytes that are worth a reference: shorter ones, between the zeros of a pruned weight, cost more than they save."""
 _MAX_WINDOW = 1 << 27
 _FEED = 2048
 """Bytes decompressed at a time: few enough that what a bomb makes of them (128 KiB for 4) does no harm."""
@@ -59,7 +62,7 @@ def pack(bundle_dir: Path, file: Path) -> Bundle:
     _check_place(out, Path(os.path.realpath(bundle_dir)))
     members = _members(bundle)
     total = sum(padded(entry.size) + BLOCK for entry in members) + len(_END)
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
+    compressor = zstandard.ZstdCompressor(compression_params=_parameters(total))
     with staged_file(out) as target:
         # No context manager: left by an error, it would complain of a frame that is too short.
         sink = compressor.stream_writer(target, size=total, closefd=False)
@@ -70,6 +73,41 @@ def pack(bundle_dir: Path, file: Path) -> Bundle:
         if _is_bomb(total, target.tell()):
             raise PackError(f"{bundle_dir} shrinks {MAX_RATIO} times and more; a packed form would be taken for a bomb")
     return bundle
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a packed bundle saves.
+
+    Attributes:
+        size: Bytes of the bundle's files.
+        packed: Bytes of the packed file.
+        weights: Bytes of its weight files.
+        zeros: How many of those are 0: pruned floats and int8. Blocks of 2 to 8 bits stand for 0 by another code.
+    """
+
+    size: int
+    packed: int
+    weights: int
+    zeros: int
+
+
+def measure(bundle: Bundle, file: Path) -> Packing:
+    """What was saved by packing ``bundle`` into ``file``.
+
+    Raises:
+        BundleError: A file of either cannot be read.
+    """
+    members = _members(bundle)
+    weights = [entry for entry in members if entry.path.startswith("weights/")]
+    zeros = _ZeroBytes()
+    with reading_errors(bundle.path):
+        for entry in weights:
+            with open_plain(bundle.path, entry.path) as source:
+                copy_exactly(source, entry.size, zeros)
+    with reading_errors(file):
+        packed = file.stat().st_size
+    return Packing(sum(e.size for e in members), packed, sum(e.size for e in weights), zeros.count)
 
 
 def unpack(file: Path, out: Path, *, force: bool = False) -> Bundle:
@@ -92,6 +130,17 @@ def unpack(file: Path, out: Path, *, force: bool = False) -> Bundle:
         check_replaceable(staging.out, force=force)
         staging.swap()
         return Bundle(staging.out, bundle.manifest, bundle.proof, bundle.digest)
+
+
+class _ZeroBytes:
+    """Counts the bytes that are 0."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def write(self, data: bytes, /) -> int:
+        self.count += data.count(0)
+        return len(data)
 
 
 class _Source:
@@ -270,6 +319,13 @@ def _pack_member(root: Path, entry: FileEntry, sink: Writable) -> None:
     if found != (entry.size, entry.sha256):
         raise IntegrityError(f"{root}: {entry.path} was altered: it has another hash", "get the bundle again")
     sink.write(bytes(padded(entry.size) - entry.size))
+
+
+def _parameters(total: int) -> zstandard.ZstdCompressionParameters:
+    """How so many bytes are compressed."""
+    return zstandard.ZstdCompressionParameters.from_level(
+        _LEVEL, source_size=total, min_match=_MIN_MATCH, write_checksum=True, write_content_size=True
+    )
 
 
 def _is_bomb(total: int, packed: int) -> bool:

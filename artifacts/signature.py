@@ -21,6 +21,8 @@ STEP_INPUTS = (
 _ROWS = ("batch", "positions")
 KV_DTYPES = ("float32", "float16", "int8", "uint8")
 """What a KV cache may be kept in."""
+CACHE_PREFIXES = ("past_key_values.", "present.")
+"""How the names of its inputs and outputs begin."""
 
 
 def cache_names(layer: int) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -36,7 +38,7 @@ def decoder_problem(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec])
     past = inputs[len(STEP_INPUTS) :]
     for key, problem in (
         ("inputs", _step_problem(inputs)),
-        ("inputs", "" if past and len(past) % 2 == 0 else "a decoder takes a pair of key and value for each layer"),
+        ("inputs", cache_problem(past)),
         ("outputs", _logits_problem(outputs)),
         ("outputs", "" if len(outputs) == len(past) + 1 else f"{len(past) + 1} belong here, not {len(outputs)}"),
     ):
@@ -44,11 +46,18 @@ def decoder_problem(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec])
             return key, problem
     names = [pair for layer in range(len(past) // 2) for pair in cache_names(layer)]
     for before, after, (old, new) in zip(past, outputs[1:], names, strict=True):
-        if problem := _cache_problem(before, old):
-            return "inputs", problem
         if (after.name, after.dtype, after.shape) != (new, before.dtype, before.shape):
             return "outputs", f"{shown(after.name)} stands where {new}, the same tensor as {old}, belongs"
     return None
+
+
+def cache_problem(past: Sequence[TensorSpec]) -> str:
+    """What keeps tensors from being the KV cache that a graph takes; empty if nothing does."""
+    if not past or len(past) % 2:
+        return "a decoder takes a pair of key and value for each layer"
+    names = [old for layer in range(len(past) // 2) for old, _ in cache_names(layer)]
+    problems = (_tensor_problem(spec, name) for spec, name in zip(past, names, strict=True))
+    return next((problem for problem in problems if problem), "")
 
 
 def _step_problem(inputs: Sequence[TensorSpec]) -> str:
@@ -66,7 +75,7 @@ def _logits_problem(outputs: Sequence[TensorSpec]) -> str:
     return ""
 
 
-def _cache_problem(spec: TensorSpec, name: str) -> str:
+def _tensor_problem(spec: TensorSpec, name: str) -> str:
     if spec.name != name:
         return f"{shown(spec.name)} stands where {name} belongs"
     if spec.dtype not in KV_DTYPES:

@@ -211,7 +211,8 @@ def _decode_union(choices: tuple[Any, ...], value: object, at: At) -> object:
     if value is None and type(None) in choices:
         return None
     for choice in choices:
-        if choice is type(value) or (is_dataclass(choice) and isinstance(value, dict)):
+        listed = get_origin(choice) is tuple and isinstance(value, list)
+        if listed or choice is type(value) or (is_dataclass(choice) and isinstance(value, dict)):
             return _decode(choice, value, at)
     raise at.error(f"{shown(value)} has the wrong type")
 
@@ -270,8 +271,9 @@ def _encode(hint: Any, value: Any) -> object:
         return _encode(inner, value)
     if hint == _PAIRS:
         return {str(name): str(text) for name, text in value}
-    if origin is tuple:
-        return [_encode(get_args(hint)[0], item) for item in value]
+    if isinstance(value, tuple):
+        listed = next(one for one in (hint, *get_args(hint)) if get_origin(one) is tuple)
+        return [_encode(get_args(listed)[0], item) for item in value]
     if is_dataclass(value):
         return encode(value)
     # Numbers that came out of numpy are written as Python's own.

@@ -9,9 +9,7 @@ Everything of ours runs through the real command and the real loader. Peers are 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from decoder_quality import judge_quality, measure_quality
-from measure import ROOT, Goal, machine_line, run_once
+from measure import ROOT, Goal, arguments, finish, machine_line, run_once
 from quality import write_lines
 from race import Contender, Measure, Plan, Race, Texts
 from shapes import DECODER_SHAPES, random_decoder
@@ -120,11 +118,8 @@ def show_speed(name: str, figures: Mapping[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the small shape only, and only peers that are ready soon")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
-    options = parser.parse_args()
+    quick = "the small shape only, and only peers that are ready soon"
+    options = arguments(__doc__, quick).parse_args()
     titles = [entry.title for entry in found(DECODER_PEERS)]
     figures: dict[str, Any] = {"machine": machine_line(), "peers": titles, "quick": options.quick, "speed": {}}
     print(f"{figures['machine']}\npeers found: {', '.join(titles) or 'none'}\n", flush=True)
@@ -136,15 +131,7 @@ def main() -> int:
             goals += judge_speed(name, figures["speed"][name])
         figures["quality"] = measure_quality(Path(place))
     goals += judge_quality(figures["quality"])
-    print()
-    for goal in goals:
-        print(goal)
-    if options.json:
-        document = figures | {"goals": [dataclasses.asdict(goal) | {"met": goal.met} for goal in goals]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    missed = [goal for goal in goals if not goal.met and not (options.quick and goal.figure is None)]
-    return int(options.check and bool(missed))
+    return finish(figures, goals, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The encoder benchmark: what README and docs claim of the int8 bundle of all-MiniLM-L6-v2, measured here.
 
-    python benchmarks/encoder.py [--quick] [--only claims|peers] [--json FILE] [--check]
+    python benchmarks/encoder.py [--quick] [--only claims|peers|shapes|memory] [--json FILE] [--check]
 
 Everything runs through the real command and the real loader, each measured process on its own; what is compared is
 interleaved. STS-B, SST-2 and a classifier are looked for in ../shared (or $HASTEN_SHARED), the peers where
@@ -9,44 +9,54 @@ interleaved. STS-B, SST-2 and a classifier are looked for in ../shared (or $HAST
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from claims import judge_claims, measure_claims
-from compare import judge_comparison, measure_comparison, peers_found, show_comparison
-from measure import machine_line
+from compare import (
+    judge_comparison,
+    judge_memory,
+    measure_comparison,
+    measure_memory,
+    measure_shapes,
+    peers_found,
+    show_comparison,
+    show_shapes,
+)
+from measure import Goal, arguments, finish, machine_line
+
+Figures = dict[str, Any]
+
+Part = tuple[Callable[[bool], Figures], Callable[[Figures], None], Callable[[Figures], list[Goal]]]
+
+
+def silent(figures: Figures) -> None:
+    """What was printed on the way is all there is."""
+
+
+PARTS: dict[str, Part] = {
+    "claims": (measure_claims, silent, judge_claims),
+    "peers": (measure_comparison, show_comparison, judge_comparison),
+    "shapes": (measure_shapes, show_shapes, lambda figures: []),
+    "memory": (measure_memory, silent, judge_memory),
+}
+"""What `--only` knows: how it is measured, shown and judged."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and only peers that are ready at once")
-    parser.add_argument("--only", choices=("claims", "peers"), help="one of the two tables")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
+    parser = arguments(__doc__, "fewer rounds, and only peers that are ready at once")
+    parser.add_argument("--only", choices=PARTS, action="append", help="some of the parts; repeatable")
     options = parser.parse_args()
     figures: dict[str, Any] = {"machine": machine_line(), "peers": peers_found(), "quick": options.quick}
     print(f"{figures['machine']}\npeers found: {', '.join(figures['peers']) or 'none'}\n", flush=True)
     goals = []
-    if options.only != "peers":
-        figures |= measure_claims(options.quick)
-        goals += judge_claims(figures)
-    if options.only != "claims":
-        figures |= measure_comparison(options.quick)
-        show_comparison(figures)
-        goals += judge_comparison(figures)
-    print()
-    for goal in goals:
-        print(goal)
-    if options.json:
-        document = figures | {"goals": [dataclasses.asdict(goal) | {"met": goal.met} for goal in goals]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    missed = [goal for goal in goals if not goal.met and not (options.quick and goal.figure is None)]
-    return int(options.check and bool(missed))
+    for name, (measure, show, judge) in PARTS.items():
+        if not options.only or name in options.only:
+            figures |= measure(options.quick)
+            show(figures)
+            goals += judge(figures)
+    return finish(figures, goals, options)
 
 
 if __name__ == "__main__":

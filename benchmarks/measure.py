@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -40,6 +43,28 @@ class Goal:
         digits = max(3, len(f"{self.goal:g}".replace(".", "").lstrip("-0")))
         figure = "not measured" if self.figure is None else f"{self.figure:.{digits}g}{unit}"
         return f"{'met   ' if self.met else 'SHORT '} {self.name}: {figure} (goal {sign} {self.goal:g}{unit})"
+
+
+def arguments(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ``quick`` says what it leaves out."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a goal is missed")
+    return parser
+
+
+def finish(figures: Mapping[str, Any], goals: Sequence[Goal], options: argparse.Namespace) -> int:
+    """Print the goals, write the figures where they were wanted, and give the exit code; see `arguments`."""
+    print()
+    for goal in goals:
+        print(goal)
+    if options.json:
+        document = {**figures, "goals": [dataclasses.asdict(goal) | {"met": goal.met} for goal in goals]}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    missed = [goal for goal in goals if not goal.met and not (options.quick and goal.figure is None)]
+    return int(options.check and bool(missed))
 
 
 def run_once(command: Sequence[str]) -> dict[str, float]:

@@ -59,6 +59,7 @@ class Trial:
         refused: How many places were left alone.
         why_refused: The first of them, with the reason.
         required: Whether the target cannot run the graph without it: then its speed does not matter.
+        wished: Whether the user asked for it by name: then its speed is measured, and decides nothing.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Trial:
     refused: int = 0
     why_refused: str = ""
     required: bool = False
+    wished: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import InstallationError, SourceError, UnsupportedError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 NEWEST_OPSET = 24  # what the oldest ONNX Runtime that hasten supports loads
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format itself
 _JSON_LIMIT = 64 << 20
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _AGAIN = "Download or export the model again"
 
 
@@ -52,7 +55,7 @@ def check_weights(folder: Path) -> tuple[Path, ...]:
             table = _shards(index)
             for shard, tensors in table.items():
                 held = check(shard)
-                absent = sorted(tensors - held) if held is not None else []
+                absent = sorted(tensors.difference(held)) if held is not None else []
                 if absent:
                     raise SourceError(f"{shard} does not hold {absent[0]}, as {index.name} says", _AGAIN)
             return (index, *table)
@@ -76,11 +79,30 @@ def _shards(index: Path) -> dict[Path, set[str]]:
     return {index.parent / name: shards[name] for name in sorted(shards)}
 
 
-def check_safetensors(path: Path) -> set[str]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file.
+
+    Attributes:
+        path: The file.
+        dtype: ``BF16``, ``F32``, … as the format spells it.
+        shape: Its extents.
+        offset: Of its first byte in the file.
+        nbytes: Its bytes, in C order, little endian.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def check_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Hold the header of a safetensors file against the file's size.
 
     Returns:
-        Names of its tensors.
+        Its tensors by name.
 
     Raises:
         SourceError: The file is empty, truncated or not safetensors.
@@ -98,16 +120,27 @@ def check_safetensors(path: Path) -> set[str]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(f"{path} has a corrupt safetensors header", _AGAIN) from error
-    if not ends or not all(isinstance(end, int) for end in ends):
+    if not tensors:
         raise SourceError(f"{path} holds no tensors", _AGAIN)
-    expected = 8 + length + max(ends)
+    expected = max(tensor.offset + tensor.nbytes for tensor in tensors.values())
     if expected != size:
         state = "truncated" if size < expected else "longer than its header says"
         raise SourceError(f"{path} is {state}: {expected} bytes expected, {size} found", _AGAIN)
-    return set(header) - {"__metadata__"}
+    return tensors
+
+
+def _stored(path: Path, start: int, entry: Any) -> StoredTensor:
+    """One entry of a header whose data begins at ``start``; ValueError where it contradicts itself."""
+    (begin, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+    if not all(isinstance(number, int) and number >= 0 for number in (begin, end - begin, *shape)):
+        raise ValueError("offsets and extents are whole numbers")
+    bits = _BITS.get(dtype)
+    if bits is not None and (end - begin) * 8 != math.prod(shape) * bits:
+        raise ValueError(f"{end - begin} bytes are no {dtype} of {shape}")
+    return StoredTensor(path, dtype, shape, start + begin, end - begin)
 
 
 def check_torch(path: Path) -> None:

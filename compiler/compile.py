@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 
 from artifacts.bundle import Bundle, BundleWriter
 from artifacts.constraints import printable
 from artifacts.errors import ProviderError, UnsupportedError, UsageError
-from artifacts.manifest import Manifest, Source
+from artifacts.manifest import Manifest, Source, Variant
 from artifacts.proof import Proof
+from artifacts.signature import STEP_INPUTS
 from artifacts.target import CPU, CPU_PROVIDER, CUDA, TARGETS, Target
 from runtimes.bench import REFERENCE
 from runtimes.providers import Probe, probe
 
 from .calibrate import Calibrator
+from .compression import Compression
 from .data import Dataset, read_data
 from .evidence import CALIBRATION_MEMORY, CALIBRATION_ROWS, Evidence, gather
 from .export import Exported, export_model
+from .export.exported import tensor_specs
 from .graphs import GraphFolder
 from .plan import Plan, load_plan
 from .recipe import Recipe, load_recipe
@@ -29,6 +32,7 @@ from .source import ModelSource, read_source
 from .tasks import GENERATION, TENSORS
 from .tensor_data import TensorData, read_tensor_data
 from .variant import BuiltVariant, Workshop
+from .vocabulary import Trimmed, read_vocabulary, trim
 
 Announce = Callable[[str, float], None]
 _DECODING = (CPU, CUDA)
@@ -70,6 +74,8 @@ class CompileOptions:
     unproven: bool = False
     keep_reference: bool = False
     force: bool = False
+    vocabulary: Path | None = None
+    compression: Compression = field(default_factory=Compression)
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,16 @@ def compile_model(source: str | Path, output: str | Path, **options: object) -> 
     Args:
         source: A Hugging Face folder, a hub id or an .onnx file.
         output: Folder of the bundle.
-        options: The fields of ``CompileOptions``.
+        options: The fields of ``CompileOptions`` and of ``Compression``.
 
     Raises:
         HastenError: Whatever keeps the bundle from being made; nothing half-written is left behind.
     """
-    paths = {name: Path(value) for name in ("data", "plan") if isinstance(value := options.get(name), str)}
+    paths = {
+        name: Path(value) for name in ("data", "plan", "vocabulary") if isinstance(value := options.get(name), str)
+    }
+    wishes = {name.name: options.pop(name.name) for name in fields(Compression) if name.name in options}
+    options["compression"] = Compression(**wishes)  # type: ignore[arg-type]  # as below
     request = CompileOptions(**{**options, **paths})  # type: ignore[arg-type]  # the dataclass names a wrong option
     return compile_model_with(str(source), Path(output), request).bundle
 
@@ -117,10 +127,8 @@ def compile_model_with(
     """The same with the options as a value, and with progress: ``announce(what begins, share of the work done)``."""
     progress = _Progress(announce)
     recipe = load_recipe(options.recipe)
-    plan = load_plan(options.plan) if options.plan is not None else None
-    if plan is not None:
-        pooling = options.pooling or plan.pooling or None
-        options = replace(options, seed=plan.seed, pooling=pooling, calibration_rows=plan.calibration_rows)
+    plan, options = _planned(options)
+    wish = options.compression.pipeline()
     targets = _targets(options.targets) if plan is None else tuple(Target.parse(one.target) for one in plan.variants)
     probes = _probed(targets, unproven=options.unproven)
     with BundleWriter(output, force=options.force) as writer:
@@ -129,7 +137,8 @@ def compile_model_with(
         targets = _able(targets, recipe, options, found.task)
         data = _data(options, found.task)
         progress("exporting", 0.02)
-        exported = export_model(found, seed=options.seed)
+        trimmed = _trimmed(found, options, plan)
+        exported = trimmed.exported
         for path, content in exported.files.items():
             writer.add_bytes(path, content)
         progress("running the original model", 0.25)
@@ -163,12 +172,36 @@ def compile_model_with(
             exported.model,
             probes,
             calibrator.moments,
+            wish,
         )
         if plan is not None and plan.calibration and plan.calibration != calibrator.digest(exported.model):
             raise UsageError("the plan was calibrated on other data", "Pass the same --data, or compile without --plan")
         variants = _variants(workshop, recipe, plan, targets, options)
-        bundle = _write(writer, found, exported, evidence, variants, options, calibrator.used)
-    return Compiled(bundle, _notes(exported, evidence, variants))
+        trimmed = replace(trimmed, exported=exported)
+        bundle = _write(writer, found, trimmed, evidence, variants, options, calibrator.used)
+    return Compiled(bundle, _notes(trimmed, evidence, variants))
+
+
+def _planned(options: CompileOptions) -> tuple[Plan | None, CompileOptions]:
+    """The plan, if there is one, and the options with what it says."""
+    if options.plan is None:
+        return None, options
+    plan = load_plan(options.plan)
+    if options.compression:
+        raise UsageError("a plan says itself what is taken out of a model", "Give --plan or compression, not both")
+    pooling = options.pooling or plan.pooling or None
+    return plan, replace(options, seed=plan.seed, pooling=pooling, calibration_rows=plan.calibration_rows)
+
+
+def _trimmed(found: ModelSource, options: CompileOptions, plan: Plan | None) -> Trimmed:
+    """The exported model, with the tokens that the user keeps."""
+    vocabulary = read_vocabulary(options.vocabulary, found) if options.vocabulary is not None else None
+    trimmed = trim(found, export_model(found, seed=options.seed), vocabulary)
+    if plan is not None and plan.vocabulary != trimmed.digest:
+        raise UsageError(
+            "the plan was made with another vocabulary", "Pass the same --vocabulary, or compile without --plan"
+        )
+    return trimmed
 
 
 def _found(source: str, plan: Plan | None, options: CompileOptions) -> ModelSource:
@@ -186,6 +219,8 @@ def _found(source: str, plan: Plan | None, options: CompileOptions) -> ModelSour
 
 def _data(options: CompileOptions, task: str) -> Dataset | TensorData | None:
     if task == TENSORS:
+        if options.compression and options.data is None:
+            raise UsageError("compression of plain tensors is fitted to examples", "Give them with --data FILE.npz")
         return read_tensor_data(options.data, options.columns) if options.data is not None else None
     return read_data(options.data, options.columns, task)
 
@@ -264,12 +299,13 @@ def _probed(targets: tuple[Target, ...], *, unproven: bool) -> dict[str, Probe]:
 def _write(
     writer: BundleWriter,
     found: ModelSource,
-    exported: Exported,
+    trimmed: Trimmed,
     evidence: Evidence,
     variants: tuple[BuiltVariant, ...],
     options: CompileOptions,
     calibration: str,
 ) -> Bundle:
+    exported = trimmed.exported
     for variant in variants:
         writer.add_file(f"{variant.planned.id}.onnx", variant.candidate.graph.path)
     for trial in writer.staging.glob("trial-*.onnx"):
@@ -281,6 +317,7 @@ def _write(
         seed=options.seed,
         calibration=calibration,
         calibration_rows=options.calibration_rows,
+        vocabulary=trimmed.digest,
         variants=tuple(variant.planned for variant in variants),
     )
     writer.add_bytes("plan.toml", plan.to_toml())
@@ -293,7 +330,7 @@ def _write(
         inputs=exported.inputs,
         outputs=exported.outputs,
         processor=exported.processor,
-        variants=tuple(variant.manifest_entry() for variant in variants),
+        variants=tuple(_listed(variant, exported) for variant in variants),
         files=(),
         generation=exported.generation,
     )
@@ -302,12 +339,20 @@ def _write(
     return writer.commit(manifest, Proof("", proofs, ()), ("report.html",))
 
 
+def _listed(variant: BuiltVariant, exported: Exported) -> Variant:
+    """How the manifest lists a variant; with the inputs of its KV cache, where a pass altered that."""
+    inputs = tensor_specs(tuple(variant.candidate.model.graph.inputs))
+    own = exported.generation is not None and inputs != exported.inputs
+    return replace(variant.manifest_entry(), cache=inputs[len(STEP_INPUTS) :] if own else None)
+
+
 def _toolchain() -> tuple[tuple[str, str], ...]:
     return tuple((name, metadata.version(name)) for name in _TOOLS)
 
 
-def _notes(exported: Exported, evidence: Evidence, variants: tuple[BuiltVariant, ...]) -> tuple[str, ...]:
-    notes = list(evidence.notes)
+def _notes(trimmed: Trimmed, evidence: Evidence, variants: tuple[BuiltVariant, ...]) -> tuple[str, ...]:
+    exported = trimmed.exported
+    notes = [trimmed.note, *evidence.notes] if trimmed.note else list(evidence.notes)
     if exported.attentions_expected and exported.attentions_emitted < exported.attentions_expected:
         notes.append(f"attention is not fused: {exported.attention_refusal}")
     notes += [

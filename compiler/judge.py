@@ -5,10 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 
 from artifacts.errors import ProviderError
+from artifacts.manifest import SessionOptions
+from artifacts.proof import Fidelity
 from runtimes.client import Ratio, Timings, Worker, interleave
+from runtimes.generate.feeds import fitted
 
 from .candidate import Candidate, Trial, Verdict
 from .evidence import Evidence
@@ -33,14 +37,18 @@ class Judge(AbstractContextManager["Judge"]):
         provider: Execution provider that the measurements run on.
         unmeasured: Why speed is not judged; empty where it is.
         threads: Threads of a session; 0: as many as there are cores.
+        deferring: Exact changes of a graph whose weights wait in the checkpoint are judged together with the change
+            that rounds those: nobody loads them in float32.
     """
 
     evidence: Evidence
     provider: str
     unmeasured: str = ""
     threads: int = 0
+    deferring: bool = False
     _reigning: Worker | None = field(default=None, init=False)
     _rounding: float = field(default=0.0, init=False)
+    _measured: dict[tuple[Path, SessionOptions], tuple[Fidelity, ...]] = field(default_factory=dict, init=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -54,10 +62,14 @@ class Judge(AbstractContextManager["Judge"]):
         Raises:
             ProviderError: It does not run, or its numbers are off by more than its tolerance.
         """
+        self._rounding = candidate.tolerance
+        if self._waits(candidate):
+            return candidate
         worker = self._start(candidate)
         self._crown(worker)
-        self._rounding = candidate.tolerance
         error = self._error(worker)
+        if self.unmeasured:
+            self._crown(None)  # nothing is timed next to it
         if error > candidate.tolerance:
             raise ProviderError(
                 f"{self.provider} computes the unoptimized model wrongly: relative error {error:.1e}, "
@@ -66,8 +78,17 @@ class Judge(AbstractContextManager["Judge"]):
             )
         return replace(candidate, error=error)
 
+    def settled(self, candidate: Candidate) -> Candidate:
+        """The candidate that a search ends with: run at last if its weights still wait; raises what `enthrone` does."""
+        if not self._waits(candidate):
+            return candidate
+        self.deferring = False
+        return self.enthrone(candidate)
+
     def judge(self, trial: Trial) -> Verdict:
         """Put ``trial`` through the gates; if it stays, it is what the next one is compared with."""
+        if self._waits(trial.candidate) and not trial.lossy:
+            return Verdict(True, "judged with what rounds the weights", trial.candidate)
         try:
             worker = self._start(trial.candidate)
         except ProviderError as error:
@@ -82,6 +103,10 @@ class Judge(AbstractContextManager["Judge"]):
             worker.close()
         return verdict
 
+    def measured(self, candidate: Candidate) -> tuple[Fidelity, ...] | None:
+        """The quality of a graph that went through the gates as it is now; None where none was measured."""
+        return self._measured.get((candidate.graph.path, candidate.session))
+
     def shortfall(self, candidate: Candidate) -> str:
         """Empty if a candidate keeps the quality budget; else by how much it does not, or why it does not run."""
         try:
@@ -94,8 +119,9 @@ class Judge(AbstractContextManager["Judge"]):
         error = self._error(worker)
         candidate = replace(trial.candidate, error=error)
         if trial.lossy:
-            shortfall = self.evidence.shortfall(worker.run)
-            if shortfall:
+            fidelity = self.evidence.fidelity(worker.run)
+            self._measured[candidate.graph.path, candidate.session] = fidelity
+            if shortfall := self.evidence.exceeded(fidelity):
                 return Verdict(False, f"quality: {shortfall}", candidate, miss=shortfall)
             # What the lossy step cost here, twice: kernels elsewhere may round the other way at every step.
             # Beyond 1 nothing of the original is left, whatever the metric says.
@@ -105,6 +131,8 @@ class Judge(AbstractContextManager["Judge"]):
             allowed = min(candidate.tolerance, max(self._rounding, DRIFT * trial.candidate.error))
         if error > allowed:
             return Verdict(False, f"numbers: relative error {error:.1e} over {allowed:.1e}", candidate)
+        if self.unmeasured:
+            worker.close()  # it is not timed, and two of them take twice the memory
         unoptimized = self._unoptimized_error(candidate)
         if unoptimized > candidate.tolerance:
             text = f"numbers: {unoptimized:.1e} off without ONNX Runtime's optimizations, {error:.1e} with them"
@@ -119,8 +147,9 @@ class Judge(AbstractContextManager["Judge"]):
             raise ProviderError("no candidate is loaded to compare with")
         timings = self._compare(reigning, worker, trial.must_gain)
         ratio = timings.ratio("before", "after")
-        kept = ratio.low > 1.0 and ratio.median >= GAIN if trial.must_gain else ratio.high >= LOSS
-        verb = "" if kept else ": not faster" if trial.must_gain else ": slower"
+        pays = ratio.low > 1.0 and ratio.median >= GAIN if trial.must_gain else ratio.high >= LOSS
+        kept = pays or trial.wished
+        verb = "" if pays else ": asked for" if kept else ": not faster" if trial.must_gain else ": slower"
         ms = timings.ms("after", len(self.evidence.trial_feeds) - 1)
         return Verdict(kept, f"{ratio.median:.2f}x{verb}", candidate, ratio.median, ms)
 
@@ -155,7 +184,10 @@ class Judge(AbstractContextManager["Judge"]):
             worker.close()
 
     def _start(self, candidate: Candidate) -> Worker:
-        return Worker(candidate.graph.path, self.provider, options=candidate.session, threads=self.threads)
+        return Worker(candidate.graph.path, self.provider, options=candidate.session, threads=self.threads, fit=fitted)
+
+    def _waits(self, candidate: Candidate) -> bool:
+        return self.deferring and candidate.graph.pending
 
     def _crown(self, worker: Worker | None) -> None:
         if self._reigning is not None:

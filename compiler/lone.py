@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -10,12 +12,20 @@ from numpy.typing import NDArray
 
 from artifacts.target import Target
 from passes.base import Context, Observe, ObserveMoments, Pass
-from passes.statistics import Activation, ActivationAccumulator, Moments, MomentsAccumulator
+from passes.statistics import ActivationAccumulator, MomentsAccumulator
 
 Floats = NDArray[np.float32]
 
 INPUT, OUTPUT = "x", "y"
 _OPSET, _IR = 21, 10
+_Seen = TypeVar("_Seen")
+_Seen_co = TypeVar("_Seen_co", covariant=True)
+
+
+class _Accumulator(Protocol[_Seen_co]):
+    def update(self, array: Floats) -> None: ...
+
+    def result(self) -> _Seen_co: ...
 
 
 def lone_model(weight: Floats, bias: Floats, *, copies: int = 1) -> ir.Model:
@@ -59,26 +69,25 @@ def rewritten(model: ir.Model, form: Pass | None, target: Target, sample: Floats
 
 def observing(sample: Floats) -> Observe:
     """What calibration would say of values that look like ``sample [rows, K]``."""
-
-    def observe(_: ir.Model, values: Sequence[ir.Value]) -> Mapping[str, Activation]:
-        seen = ActivationAccumulator(INPUT)
-        seen.update(sample)
-        result = seen.result()
-        return {str(value.name): result for value in values}
-
-    return observe
+    return _saying(ActivationAccumulator(INPUT), sample)
 
 
 def observing_moments(sample: Floats) -> ObserveMoments:
     """The same for second moments."""
+    return _saying(MomentsAccumulator(INPUT), sample)
 
-    def moments(_: ir.Model, values: Sequence[ir.Value]) -> Mapping[str, Moments]:
-        seen = MomentsAccumulator(INPUT)
-        seen.update(sample)
-        result = seen.result()
-        return {str(value.name): result for value in values}
 
-    return moments
+def _saying(
+    accumulator: _Accumulator[_Seen], sample: Floats
+) -> Callable[[ir.Model, Sequence[ir.Value]], dict[str, _Seen]]:
+    """Says the same of every value. The sample is looked at when it is asked for first, and once."""
+
+    @cache
+    def seen() -> _Seen:
+        accumulator.update(sample)
+        return accumulator.result()
+
+    return lambda _, values: {str(value.name): seen() for value in values}
 
 
 def _value(name: str, shape: tuple[str | int, ...]) -> ir.Value:

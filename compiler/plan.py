@@ -15,7 +15,7 @@ from artifacts.strict import At, decode
 from artifacts.target import Target
 from passes.pipeline import parse
 
-SCHEMA = 2
+SCHEMA = 3
 _TOP = {
     "schema": int,
     "source": str,
@@ -24,6 +24,7 @@ _TOP = {
     "seed": int,
     "calibration": str,
     "calibration_rows": int,
+    "vocabulary": str,
     "variant": list,
 }
 _VARIANT = {
@@ -73,6 +74,7 @@ class Plan:
         seed: Seed of the compile.
         calibration: Digest of the data that ranges were learnt from; empty where none were.
         calibration_rows: Most rows of it that were asked for.
+        vocabulary: Digest of the tokens that were kept; empty where all were.
         variants: In the order of the bundle.
     """
 
@@ -82,6 +84,7 @@ class Plan:
     seed: int
     calibration: str
     calibration_rows: int
+    vocabulary: str
     variants: tuple[PlannedVariant, ...]
 
     def to_toml(self) -> bytes:

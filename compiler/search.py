@@ -14,9 +14,11 @@ from passes.grammar import check
 from passes.observers import Reproducer, Verifying
 from passes.pipeline import Pipeline
 from passes.registry import CLEAN
+from passes.repair import Repair
 
 from .candidate import Candidate, Trial, Verdict, is_lossy
 from .choose import Assignment, Chooser
+from .compression import NOTHING, split
 from .graphs import GraphFolder
 from .judge import Judge
 from .recipe import PerSite, Stage
@@ -46,6 +48,8 @@ class Search:
         reproducer: Folder that a failing pass leaves the model and the rest of the pipeline in.
         announce: Called with the name of each trial before it is made.
         chooser: Chooses the form of each linear operator.
+        form: Passes that bring the graph into the form that those of ``wish`` see through.
+        wish: Passes that the user asked for by name: kept at any speed, and a compile that cannot keep them fails.
     """
 
     judge: Judge
@@ -54,25 +58,39 @@ class Search:
     reproducer: Path
     announce: Callable[[str], None]
     chooser: Chooser
+    form: Pipeline = NOTHING
+    wish: Pipeline = NOTHING
     steps: list[Step] = field(default_factory=list)
     misses: list[str] = field(default_factory=list)
+    _idle: dict[Pass, str] = field(default_factory=dict, init=False)
 
     def walk(self, base: Candidate, stages: Sequence[Stage], *, tune: bool) -> Candidate:
         """Try the stages in order, then the session options.
 
         Raises:
-            FidelityError: Every change that could have made the numbers smaller or faster missed the quality budget.
+            FidelityError: Every change that could have made the numbers smaller or faster missed the quality budget; or
+                what was wished for does.
+            UnsupportedError: The graph has nothing that a wish could act on.
             PassError: A pass broke a promise; the reproducer folder is named.
         """
         lossy = any(is_lossy(stage.passes) for alternatives in stages for stage in alternatives)
+        if base.graph.pending and lossy and not tune and not self.wish.passes:
+            found = self._together(base, stages)
+            if found is not None:
+                return found
         # First the precision: what pays in it is not what pays in float32.
         best = self._precision(base) if lossy and tune else base
-        for alternatives in stages:
+        forming, rest = split(stages)
+        for alternatives in forming:
+            best = self._first(best, alternatives)
+        best = self._granted(best) if self.wish.passes else best
+        before = len(best.pipeline.passes)
+        for alternatives in rest:
             best = self._first(best, alternatives)
         if tune:
             best = self._load_time_fusions(best)
         relaxed = best.session.precision != base.session.precision
-        if self.misses and not relaxed and not is_lossy(best.pipeline.passes):
+        if self.misses and not relaxed and not is_lossy(best.pipeline.passes[before:]):
             raise FidelityError(
                 f"no lossy pass met the quality budget; nearest miss: {self.misses[0]}",
                 "Raise --max-drop, give more representative --data, or choose --recipe safe",
@@ -96,6 +114,48 @@ class Search:
         if not verdict.kept:
             raise PassError(f"the plan does not hold here: {verdict.reason}", "Compile again without --plan")
         return verdict.candidate
+
+    def _together(self, base: Candidate, stages: Sequence[Stage]) -> Candidate | None:
+        """All that the stages ask for, judged as one; None where it does not stand, and then nothing is noted.
+
+        For weights that wait in the checkpoint: what lies between them and the result is a graph that nobody wants.
+        """
+        noted, best = len(self.steps), base
+        trials: dict[int, Trial] = {}
+        for alternatives in stages:
+            for stage in alternatives:
+                self.announce(_label(stage))
+                trial = self._attempt(best, self._assigned(best, stage)[0], _label(stage))
+                if trial is not None:
+                    trials[len(self.steps)] = trial
+                    self.steps.append(_noted(trial, Verdict(True, "judged with what follows", trial.candidate)))
+                    best = trial.candidate
+                    break
+        if any(trial.lossy for trial in trials.values()):
+            place, last = trials.popitem()
+            verdict = self.judge.judge(replace(last, lossy=True))
+            if verdict.kept:
+                self.steps[place] = _noted(last, verdict)
+                return verdict.candidate
+        del self.steps[noted:]
+        return None
+
+    def _granted(self, best: Candidate) -> Candidate:
+        """The candidate after what the user wished for."""
+        self.announce(str(self.wish))
+        trial = self._attempt(best, Pipeline((*self.form.passes, *self.wish.passes)), str(self.wish))
+        idle = [one for one in self.wish.passes if one in self._idle and not isinstance(one, Repair)]
+        if trial is None or idle:
+            what, why = Pipeline(tuple(idle[:1])), self._idle[idle[0]]
+            raise UnsupportedError(f"{what} finds nothing to act on{why and f': {why}'}", "Leave it out")
+        verdict = self._try(replace(trial, name=str(self.wish), wished=True))
+        if verdict.kept:
+            return verdict.candidate
+        remedy = "Ask for less, or give more representative --data"
+        if verdict.miss:
+            remedy = f"{remedy}; or raise --max-drop"
+            raise FidelityError(f"{self.wish} misses the quality budget: {verdict.miss}", remedy)
+        raise FidelityError(f"{self.wish} leaves nothing of the model: {verdict.reason}", remedy)
 
     def _first(self, best: Candidate, alternatives: Stage) -> Candidate:
         """The first alternative that stands; else what is left of the last one: with gentler forms of the operators
@@ -157,6 +217,7 @@ class Search:
         changed = sum(outcome.changed for _, outcome in results)
         refused = sum(len(outcome.refused) for _, outcome in results)
         why = _why_refused(results)
+        self._idle = {a_pass: _why_idle(outcome) for a_pass, outcome in results if not outcome.changed}
         if not changed:
             reason = f"nothing changed; {why}" if why else "nothing to change"
             self.steps.append(_step(_label(stage) or name, refused=refused, reason=reason, before=best))
@@ -201,27 +262,14 @@ class Search:
 
     def _try(self, trial: Trial) -> Verdict:
         verdict = self.judge.judge(trial)
-        self.steps.append(
-            Step(
-                name=trial.name,
-                changed=trial.changed,
-                refused=trial.refused,
-                kept=verdict.kept,
-                reason=f"{verdict.reason}; {trial.why_refused}" if trial.why_refused else verdict.reason,
-                size=verdict.candidate.graph.size,
-                ms=verdict.ms,
-                ratio=verdict.ratio,
-                error=verdict.candidate.error,
-            )
-        )
+        self.steps.append(_noted(trial, verdict))
         if verdict.miss:
             self.misses.append(f"{trial.name}: {verdict.miss}")
         return verdict
 
 
 def _label(stage: Pipeline | PerSite) -> str:
-    clean = len(stage.passes) == len(CLEAN)
-    return f"clean ({len(stage.passes)} passes)" if clean else str(stage)
+    return f"clean ({len(CLEAN)} passes)" if stage.passes == CLEAN else str(stage)
 
 
 def _why_refused(results: tuple[tuple[Pass, Outcome], ...]) -> str:
@@ -230,5 +278,27 @@ def _why_refused(results: tuple[tuple[Pass, Outcome], ...]) -> str:
     return f"left alone {refusals[0].node}: {refusals[0].reason}{more}".replace(" :", ":") if refusals else ""
 
 
+def _why_idle(outcome: Outcome) -> str:
+    """Why a pass did nothing: what it says of the graph, else of the first place."""
+    refusals = sorted(outcome.refused, key=lambda refusal: bool(refusal.node))
+    more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 and refusals[0].node else ""
+    return f"{refusals[0].node}: {refusals[0].reason}{more}".removeprefix(": ") if refusals else ""
+
+
 def _step(name: str, *, refused: int, reason: str, before: Candidate) -> Step:
     return Step(name, 0, refused, False, reason, before.graph.size, 0.0, 1.0, before.error)
+
+
+def _noted(trial: Trial, verdict: Verdict) -> Step:
+    """A trial and what came of it, for the proof."""
+    return Step(
+        name=trial.name,
+        changed=trial.changed,
+        refused=trial.refused,
+        kept=verdict.kept,
+        reason=f"{verdict.reason}; {trial.why_refused}" if trial.why_refused else verdict.reason,
+        size=verdict.candidate.graph.size,
+        ms=verdict.ms,
+        ratio=verdict.ratio,
+        error=verdict.candidate.error,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,27 +11,32 @@ import onnx_ir as ir
 
 from artifacts.errors import FidelityError, PassError
 from artifacts.manifest import SessionOptions, Variant
-from artifacts.proof import Speed, Step, VariantProof
+from artifacts.proof import Fidelity, Speed, Step, VariantProof
 from artifacts.target import CPU, CPU_PROVIDER, Target
-from passes.base import Context, Observe, ObserveMoments
+from passes.base import Context, Observe, ObserveMoments, Pass
 from passes.grammar import check
 from passes.pipeline import Pipeline, parse
+from passes.registry import CLEAN
+from passes.repair import Repair
 from runtimes.bench import REFERENCE
 from runtimes.fingerprint import machine
 from runtimes.providers import Probe
 
-from .candidate import Candidate
+from .candidate import Candidate, is_lossy
 from .choose import Chooser
+from .compression import NOTHING, form
 from .costs import CostBase
 from .evidence import Evidence
 from .graphs import GraphFolder
-from .integer_kernels import integer_kernel_note
+from .integer_kernels import integer_kernel_note, quantized_products
 from .judge import Judge
 from .plan import PlannedVariant
 from .prove import Runnable, is_slower, race
 from .recipe import Recipe, load_recipe
 from .search import Search
 from .tolerance import rounding_tolerance
+
+_UNTIMED = "speed next to float32 was not measured: those weights stayed in the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Workshop:
         exported: The graph that all variants are made of.
         probes: What the providers besides the CPU's answered here.
         moments: Calibration of second moments, lent to passes.
+        wish: Passes that the user asked for by name.
     """
 
     evidence: Evidence
@@ -83,6 +89,7 @@ class Workshop:
     exported: ir.Model
     probes: Mapping[str, Probe]
     moments: ObserveMoments | None = None
+    wish: Pipeline = NOTHING
 
     @cached_property
     def unoptimized(self) -> tuple[Candidate, tuple[Step, ...]]:
@@ -110,7 +117,7 @@ class Workshop:
             FidelityError: No change that the recipe asks for keeps the quality budget.
             PassError: A pass broke a promise.
         """
-        if recipe.name == REFERENCE and target == CPU:
+        if recipe.name == REFERENCE and target == CPU and not self.wish.passes:
             return self.reference()
         stages = recipe.stages_for(target, self.evidence.task)
         done = 0
@@ -122,13 +129,18 @@ class Workshop:
 
         provider, absent = self._provider(target)
         unmeasured = absent or ("" if recipe.tune else f"the recipe {recipe.name} takes it as it is")
-        with Judge(self.evidence, provider, unmeasured=unmeasured, threads=self.threads) as judge:
-            search = self._search(judge, target, tell)
+        passes = tuple(one for alternatives in stages for stage in alternatives for one in stage.passes)
+        deferring = is_lossy(passes) and not recipe.tune
+        with Judge(self.evidence, provider, unmeasured, self.threads, deferring) as judge:
+            search = self._search(judge, target, tell, (*self.wish.passes, *passes))
+            search = replace(search, form=form(self.evidence.task, target), wish=self.wish)
             base = judge.enthrone(self._base(_strict(target)))
-            best = search.walk(base, stages, tune=recipe.tune)
+            best = judge.settled(search.walk(base, stages, tune=recipe.tune))
         tell("proving")
         planned = _planned(f"{target.name}-{best.precision}", target, recipe.name, best)
-        return self._settled(planned, best, tuple(search.steps), provider, absent, recipe)
+        known, timed = judge.measured(best), not base.graph.pending
+        proof = self._prove(planned, best, tuple(search.steps), provider, absent=absent, timed=timed, known=known)
+        return self._settled(planned, best, proof, provider, recipe)
 
     def replay(self, planned: PlannedVariant) -> BuiltVariant:
         """Make the variant that a plan records, without measuring speed to decide anything.
@@ -140,10 +152,11 @@ class Workshop:
         target = Target.parse(planned.target)
         provider, absent = self._provider(target)
         self.announce(f"{planned.id}: as planned", 0.4)
-        with Judge(self.evidence, provider, unmeasured=absent or "as planned", threads=self.threads) as judge:
-            search = self._search(judge, target, lambda text: None)
+        pipeline = parse(planned.pipeline)
+        with Judge(self.evidence, provider, absent or "as planned", self.threads, is_lossy(pipeline.passes)) as judge:
+            search = self._search(judge, target, lambda text: None, pipeline.passes)
             base = judge.enthrone(self._base(replace(planned.session, disabled_optimizers=())))
-            candidate = search.replay(base, parse(planned.pipeline), planned.session)
+            candidate = judge.settled(search.replay(base, pipeline, planned.session))
         if candidate.error > planned.tolerance:
             raise PassError(
                 f"the plan does not hold here: {planned.id} is off by {candidate.error:.1e}, "
@@ -151,23 +164,19 @@ class Workshop:
                 "Compile again without --plan",
             )
         candidate = replace(candidate, tolerance=planned.tolerance)
-        steps = tuple(search.steps)
-        return BuiltVariant(planned, candidate, self._prove(planned, candidate, steps, provider, absent=absent))
+        steps, timed = tuple(search.steps), not base.graph.pending
+        known = judge.measured(candidate)
+        proof = self._prove(planned, candidate, steps, provider, absent=absent, timed=timed, known=known)
+        return BuiltVariant(planned, candidate, proof)
 
     def _settled(
-        self,
-        planned: PlannedVariant,
-        best: Candidate,
-        steps: tuple[Step, ...],
-        provider: str,
-        absent: str,
-        recipe: Recipe,
+        self, planned: PlannedVariant, best: Candidate, proof: VariantProof, provider: str, recipe: Recipe
     ) -> BuiltVariant:
-        proof = self._prove(planned, best, steps, provider, absent=absent)
         if not is_slower(proof.speed):
             return BuiltVariant(planned, best, proof)
-        if not recipe.tune:
-            slower = f"slower than the unoptimized graph here; the recipe {recipe.name} takes it as it is"
+        if not recipe.tune or self.wish.passes:
+            who = f"the recipe {recipe.name} takes it as it is" if not recipe.tune else f"{self.wish} was asked for"
+            slower = f"slower than the unoptimized graph here; {who}"
             return BuiltVariant(planned, best, replace(proof, reason=f"{proof.reason}; {slower}".removeprefix("; ")))
         # Each step held, and all together do not: ship what nothing was done to.
         target = Target.parse(planned.target)
@@ -177,7 +186,7 @@ class Workshop:
         planned = _planned(planned.id, target, planned.recipe, unoptimized)
         reason = "slower than the unoptimized graph as a whole: everything was reverted"
         return BuiltVariant(
-            planned, unoptimized, replace(self._prove(planned, unoptimized, steps, provider, ()), reason=reason)
+            planned, unoptimized, replace(self._prove(planned, unoptimized, proof.steps, provider, ()), reason=reason)
         )
 
     def _prove(
@@ -189,16 +198,22 @@ class Workshop:
         speed: tuple[Speed, ...] | None = None,
         *,
         absent: str = "",
+        timed: bool = True,
+        known: tuple[Fidelity, ...] | None = None,
     ) -> VariantProof:
         check(candidate.model, Target.parse(planned.target), finished=True)
-        with Runnable(candidate.graph.path, provider, candidate.session).start(self.threads) as worker:
-            fidelity = self.evidence.fidelity(worker.run)
-            note = absent or integer_kernel_note(candidate.model, worker, self.evidence.golden.feeds)
+        if known is not None and (absent or not quantized_products(candidate.model)):
+            fidelity, note = known, absent
+        else:
+            with Runnable(candidate.graph.path, provider, candidate.session).start(self.threads) as worker:
+                fidelity = known or self.evidence.fidelity(worker.run)
+                note = absent or integer_kernel_note(candidate.model, worker, self.evidence.golden.feeds)
         if shortfall := self.evidence.exceeded(fidelity):
             remedy = "Raise --max-drop, give more representative --data, or choose --recipe safe"
             raise FidelityError(f"{planned.id} misses the quality budget: {shortfall}", remedy)
         if speed is None:
-            speed = () if absent else self._race(candidate, provider)
+            speed = () if absent or not timed else self._race(candidate, provider)
+            note = note if timed else f"{note}; {_UNTIMED}".removeprefix("; ")
         return VariantProof(
             variant=planned.id,
             status="unproven" if absent else "proven",
@@ -224,8 +239,17 @@ class Workshop:
         graph = self.folder.save(model)
         return Candidate(model, graph, Pipeline(), session, tolerance=rounding_tolerance(model))
 
-    def _search(self, judge: Judge, target: Target, announce: Callable[[str], None]) -> Search:
-        context = Context(target, self.observe, self.moments)
+    def _original(self, target: Target) -> ir.Model:
+        """The graph before anything lossy, for what repairs the numbers: the same for a search and for its replay."""
+        model = self.exported.clone()
+        Pipeline((*CLEAN, *form(self.evidence.task, target).passes)).run(model, Context(target))
+        return model
+
+    def _search(
+        self, judge: Judge, target: Target, announce: Callable[[str], None], passes: Sequence[Pass] = ()
+    ) -> Search:
+        repairs = any(isinstance(one, Repair) for one in passes)
+        context = Context(target, self.observe, self.moments, self._original(target) if repairs else None)
         costs = None
         # A provider that compiles the graph fuses operators with their neighbours: alone they cost something else.
         if not judge.unmeasured and judge.provider == CPU_PROVIDER:

@@ -21,6 +21,7 @@ from . import __version__
 
 COMMANDS = {
     "compile": ("make", "compile_command"),
+    "vocabulary": ("make", "vocabulary_command"),
     "recipes": ("make", "recipes_command"),
     "passes": ("make", "passes_command"),
     "prove": ("make", "prove_command"),

@@ -47,23 +47,37 @@ def bench_language_model(
         )
     )
     if report.against:
-        console().print(Text(f"faster than {report.against}, with quartiles over the rounds"))
+        console().print(Text(f"\nagainst {report.against}: times as fast, with quartiles over the rounds"))
+        console().print(_ratios(report))
 
 
 def _table(report: DecoderReport) -> Table:
-    heads = ["batch × prompt", "prefill tok/s", "first token ms", "decode tok/s", "p50 ms", "p99 ms", "weights GB/s"]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in (*heads, *(["prefill faster", "decode faster"] if report.against else [])):
-        table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+    table = _plain(
+        ["batch × prompt", "prefill\ntok/s", "first\ntoken ms", "decode\ntok/s", "p50 ms", "p99 ms", "weights\nGB/s"]
+    )
     for row in report.rows:
         share = row.bandwidth / report.memory_bandwidth
         cells = [f"{row.batch} × {row.prompt}", f"{row.prefill_per_second:.0f}", f"{row.first_ms:.1f}"]
         cells += [f"{row.decode_per_second:.1f}", f"{row.p50_ms:.2f}", f"{row.p99_ms:.2f}"]
         cells += [f"{row.bandwidth / 1e9:.1f} ({share:.0%})"]
-        cells += [_faster(ratio) for ratio in (row.prefill_ratio, row.decode_ratio) if ratio is not None]
         table.add_row(*cells)
     return table
 
 
-def _faster(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+def _ratios(report: DecoderReport) -> Table:
+    table = _plain(["batch × prompt", "prefill", "quartiles", "decode", "quartiles"])
+    for row in report.rows:
+        ratios = [ratio for ratio in (row.prefill_ratio, row.decode_ratio) if ratio is not None]
+        table.add_row(f"{row.batch} × {row.prompt}", *(cell for ratio in ratios for cell in _faster(ratio)))
+    return table
+
+
+def _plain(heads: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _faster(ratio: Ratio) -> tuple[str, str]:
+    return f"{ratio.median:.2f}x", f"{ratio.low:.2f} to {ratio.high:.2f}"

@@ -17,7 +17,7 @@ from .show import console, proof_table, size_text
 
 if TYPE_CHECKING:
     from artifacts.bundle import Bundle
-    from artifacts.manifest import TensorSpec
+    from artifacts.manifest import Manifest, TensorSpec
 
 _COLOURS = {"ok": "green", "warn": "yellow", "skipped": "yellow", "broken": "red", "failed": "red"}
 _BROKEN = 1
@@ -68,7 +68,7 @@ def _rows(opened: Bundle) -> dict[str, str]:
         labels = f", labels {', '.join(manifest.processor.labels[:8])}" if manifest.processor.labels else ""
         rows["texts"] = f"at most {manifest.processor.max_length} tokens{labels}"
     if manifest.generation is not None:
-        rows["KV cache"] = f"{size_text(_cache_bytes(manifest.inputs))} a token"
+        rows["KV cache"] = _cache_sizes(manifest)
         rows["chat"] = "has a chat template" if manifest.generation.chat_template else "no chat template"
     return rows | {variant.id: variant.pipeline for variant in manifest.variants}
 
@@ -79,6 +79,14 @@ def _specs(specs: tuple[TensorSpec, ...]) -> str:
     left_out = {spec.name for spec in cache[2:]}
     told = [f"{spec.name} {spec.dtype}{list(spec.shape)}" for spec in specs if spec.name not in left_out]
     return ", ".join(told) + (f" … {len(cache) // 2} layers" if left_out else "")
+
+
+def _cache_sizes(manifest: Manifest) -> str:
+    """Bytes of a token in the KV cache, and in that of variants which have their own."""
+    own = [variant for variant in manifest.variants if variant.cache is not None]
+    told = [f"{size_text(_cache_bytes(manifest.inputs))} a token"] if len(own) < len(manifest.variants) else []
+    told += [f"{size_text(_cache_bytes(manifest.inputs_of(variant)))} a token in {variant.id}" for variant in own]
+    return ", ".join(told)
 
 
 def _cache_bytes(inputs: tuple[TensorSpec, ...]) -> int:
@@ -140,11 +148,12 @@ def verify_command(bundle: Path, as_json: bool) -> None:
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 def pack_command(bundle: Path, file: Path | None) -> None:
     """Pack BUNDLE into one FILE (by default BUNDLE.hasten). The same bundle gives the same bytes."""
-    from artifacts.pack import pack
+    from artifacts.pack import measure, pack
 
     place = file or bundle.with_name(f"{bundle.resolve().name}.hasten")
-    pack(bundle, place)
-    click.echo(f"{place}: {size_text(place.stat().st_size)}")
+    found = measure(pack(bundle, place), place)
+    zeros = f"; {found.zeros / found.weights:.0%} of the bytes of its weights are zero" if found.weights else ""
+    click.echo(f"{place}: {size_text(found.packed)} of {size_text(found.size)}{zeros}")
 
 
 @click.command("unpack", short_help="Unpack a file into a bundle.")

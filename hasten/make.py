@@ -18,7 +18,7 @@ from .show import THREADS, console, progress, proof_table, size_text
 
 
 class Percentage(click.ParamType[float]):
-    """``0.5%`` or ``0.005``: a share between 0 and 1."""
+    """``0.5%`` or ``0.005``: a share of at most ten times: a perplexity can more than double."""
 
     name = "percentage"
 
@@ -31,8 +31,8 @@ class Percentage(click.ParamType[float]):
             share = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
         except ValueError:
             self.fail(f"{text!r} is no percentage; write 0.5% or 0.005", param, ctx)
-        if not 0.0 <= share < 1.0:
-            self.fail(f"{text} is not between 0% and 100%", param, ctx)
+        if not 0.0 <= share <= 10.0:
+            self.fail(f"{text} is not between 0% and 1000%", param, ctx)
         return share
 
 
@@ -84,6 +84,34 @@ class Size(click.ParamType[int]):
 )
 @click.option("--columns", help="Columns of --data, by name or number: text=0,pair=1,label=2.")
 @click.option("--max-drop", type=Percentage(), help="Largest loss of quality allowed.  [default: 1%]")
+@click.option(
+    "--prune",
+    default="",
+    metavar="SHARE|N:M",
+    help="Weights that become 0: 50%, or 2:4 (two of every four); 50%,embeddings=50% prunes embeddings too.",
+)
+@click.option(
+    "--prune-structure",
+    default="",
+    metavar="NAME=SHARE,…",
+    help="Parts that go, and shapes shrink: ffn=25%,heads=25%; also layers (or how many), kv-heads, channels.",
+)
+@click.option(
+    "--rank", default="", metavar="SHARE", help="Split products in two of low rank, of so many of their weights: 60%."
+)
+@click.option(
+    "--convolutions",
+    default="",
+    metavar="WAY=SHARE",
+    help="Split k × k convolutions, keeping so much of their work: separable=50%, tucker=50% or spatial=50%.",
+)
+@click.option("--share", default="", metavar="SHARE", help="Keep one of weights that differ by less than this: 2%.")
+@click.option("--no-repair", is_flag=True, help="Do not fit what remains to what the original computes.")
+@click.option(
+    "--vocabulary",
+    type=click.Path(path_type=Path),
+    help="Keep only the tokens of this list, and those that they need; `hasten vocabulary` makes one.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the held-out sample.")
 @click.option("--threads", type=THREADS, help="Threads to measure with.  [default: physical cores]")
 @click.option(
@@ -114,12 +142,25 @@ class Size(click.ParamType[int]):
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document for machines.")
 def compile_command(
-    source: str, output: Path, targets: tuple[str, ...], quiet: bool, as_json: bool, **options: object
+    source: str,
+    output: Path,
+    targets: tuple[str, ...],
+    prune: str,
+    prune_structure: str,
+    rank: str,
+    convolutions: str,
+    share: str,
+    no_repair: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: object,
 ) -> None:
     """Compile SOURCE (a Hugging Face folder, a hub id or an .onnx file) into a bundle."""
     from compiler.compile import CompileOptions, compile_model_with
+    from compiler.compression import Compression
 
-    request = CompileOptions(targets=targets, **options)  # type: ignore[arg-type]  # click checked the types above
+    compression = Compression(prune, prune_structure, rank, convolutions, share, repair=not no_repair)
+    request = CompileOptions(targets=targets, compression=compression, **options)  # type: ignore[arg-type]  # click checked the types above
     with progress(hidden=quiet or as_json) as announce:
         compiled = compile_model_with(source, output, request, announce)
     if as_json:
@@ -132,6 +173,24 @@ def compile_command(
             console().print(Text.assemble(("note", "yellow"), f" {note}"))
         total = sum(entry.size for entry in bundle.manifest.files)
         console().print(Text(f"{output}: {size_text(total)}, {bundle.digest[:19]}. Next: hasten run {output} …"))
+
+
+@click.command("vocabulary", short_help="List the tokens that texts need.")
+@click.argument("source")
+@click.option("--text", required=True, type=click.Path(path_type=Path), help="Texts, as --data of `hasten compile`.")
+@click.option("--columns", help="Columns of --text, as of `hasten compile`.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The list: .txt or .json.")
+def vocabulary_command(source: str, text: Path, columns: str | None, output: Path) -> None:
+    """Write the tokens of SOURCE that the texts of a file need, for `hasten compile --vocabulary`."""
+    from compiler.data import read_data
+    from compiler.source import read_source
+    from compiler.vocabulary import tokens_of, write_vocabulary
+
+    found = read_source(source)
+    rows = read_data(text, columns, found.task).rows
+    tokens = tokens_of(found, (part for row in rows for part in (row.text, row.pair) if part))
+    write_vocabulary(tokens, output)
+    click.echo(f"{output}: {len(tokens)} tokens. Next: hasten compile {source} --vocabulary {output} …")
 
 
 @click.command("recipes")

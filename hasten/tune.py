@@ -11,6 +11,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
+from .generation import GENERATION, task_of
 from .show import console
 from .use import machine_options
 
@@ -41,7 +42,8 @@ def tune_command(bundle: Path, as_json: bool, threads: int | None, **options: An
             quartiles = f"{trial.low:.2f} to {trial.high:.2f}"
             table.add_row(trial.change, f"{trial.ratio:.2f}x", quartiles, "taken" if trial.taken else "left")
     console().print(table)
-    console().print(Text(f"from now on: {report.settings}"))
+    text = task_of(bundle) not in (GENERATION, "tensors")
+    console().print(Text(f"from now on: {report.settings.describe(text=text)}"))
     if report.busy:
         console().print(Text("other programs kept this machine busy: tune again in a quieter hour", "yellow"))
 

@@ -244,6 +244,8 @@ def bench_command(
     )
     console().print(_speed_table(report))
     if report.ratio is not None:
+        console().print()
+        console().print(_ratio_table(report))
         faster = (f"{report.ratio.median:.2f}x", "bold")
         console().print(Text.assemble(faster, f" the speed of {report.against} over these shapes"))
     if report.peers:
@@ -252,14 +254,19 @@ def bench_command(
 
 
 def _speed_table(report: BenchReport) -> Table:
-    heads = ["batch × length", "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls"]
-    table = _table(*heads, *(["reference ms", "faster", "quartiles"] if report.against else []))
+    table = _table("batch × length", "p50 ms", "p90 ms", "p99 ms", "rows/s", "calls")
     for row in report.rows:
         cells = [f"{row.batch} × {row.length}", *(f"{ms:.2f}" for ms in (row.p50_ms, row.p90_ms, row.p99_ms))]
-        cells += [f"{row.per_second:.1f}", str(row.calls)]
+        table.add_row(*cells, f"{row.per_second:.1f}", str(row.calls))
+    return table
+
+
+def _ratio_table(report: BenchReport) -> Table:
+    table = _table("batch × length", "against ms", "p50 ms", "faster", "quartiles")
+    for row in report.rows:
         if row.ratio is not None and row.against_ms is not None:
-            cells += [f"{row.against_ms:.2f}", *_faster(row.ratio)]
-        table.add_row(*cells)
+            shape = f"{row.batch} × {row.length}"
+            table.add_row(shape, f"{row.against_ms:.2f}", f"{row.p50_ms:.2f}", *_faster(row.ratio))
     return table
 
 

@@ -75,11 +75,14 @@ class Context:
         target: What the graph is compiled for.
         observe: Lent by whoever has calibration data; None where there is none.
         moments: Lent with it, for what needs second moments; None where there is none.
+        original: The graph as it was before anything lossy was done to it, for what repairs the numbers; not to be
+            changed. None where nobody kept it.
     """
 
     target: Target
     observe: Observe | None = None
     moments: ObserveMoments | None = None
+    original: ir.Model | None = None
 
 
 @runtime_checkable

@@ -31,8 +31,8 @@ from .base import Context, Outcome, Pass
 from .observers import Observer
 from .registry import REGISTRY
 
-_TOKEN = re.compile(r'\s*(?:(?P<word>[A-Za-z0-9_.*/?+-]+)|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[()\[\],;=]))')
-_WORD = re.compile(r"[A-Za-z0-9_.*/?+-]+")
+_TOKEN = re.compile(r'\s*(?:(?P<word>[A-Za-z0-9_.*/?+:-]+)|(?P<string>"(?:[^"\\]|\\.)*")|(?P<mark>[()\[\],;=]))')
+_WORD = re.compile(r"[A-Za-z0-9_.*/?+:-]+")
 
 FAILURES = (
     HastenError,

@@ -19,8 +19,10 @@ from .cleanup import (
     StripMetadata,
     UnflattenProducts,
 )
+from .factor import Factor, FactorConvolutions
 from .fusion import (
     AbsorbNorm,
+    FoldBatchNorm,
     FoldScale,
     FuseAttention,
     FuseBiasGelu,
@@ -37,7 +39,8 @@ from .fusion import (
     PackProducts,
     UnfuseAttention,
 )
-from .precision import Float16
+from .precision import Float16, KvCache
+from .prune import Prune, PruneChannels, PruneHeads, PruneKvHeads, PruneLayers, PruneNeurons
 from .quantize import (
     Awq,
     BlockEmbeddings,
@@ -50,6 +53,8 @@ from .quantize import (
     WeightInt8,
     WeightOnly,
 )
+from .repair import Repair
+from .share import ShareWeights
 
 REGISTRY: tuple[type[Pass], ...] = (
     InlineFunctions,
@@ -77,11 +82,22 @@ REGISTRY: tuple[type[Pass], ...] = (
     FuseSilu,
     FuseRotary,
     FoldScale,
+    FoldBatchNorm,
     AbsorbNorm,
     OrderColumns,
     PackProducts,
     PackAttention,
     FuseTranspose,
+    PruneLayers,
+    PruneKvHeads,
+    PruneHeads,
+    PruneNeurons,
+    PruneChannels,
+    FactorConvolutions,
+    Factor,
+    ShareWeights,
+    Prune,
+    Repair,
     Smooth,
     Awq,
     DynamicInt8,
@@ -93,6 +109,7 @@ REGISTRY: tuple[type[Pass], ...] = (
     Int8Embeddings,
     BlockEmbeddings,
     Float16,
+    KvCache,
 )
 
 CLEAN: tuple[Pass, ...] = (

@@ -70,6 +70,57 @@ class EmbeddingSite:
         return _matrix_shape(self.table)
 
 
+@dataclass(frozen=True, eq=False)
+class ConvSite:
+    """One convolution over two spatial axes with a constant kernel (ONNX operator Conv).
+
+    ``output[b, o, p] = bias[o] + sum_{c, t} weight[o, c, t] input[b, c, strides * p + dilations * t - pads]``, zeros
+    beyond the edges; ``c`` runs over the inputs of the group of ``o``.
+
+    Attributes:
+        node: The Conv.
+        weight: Its kernel, float ``[N, C / group, height, width]``.
+        input: ``[B, C, H, W]``.
+        output: ``[B, N, H', W']``.
+        bias: Its third input, ``[N]``; None without.
+        path: Module path, or the name of the node.
+        group: Parts that see nothing of each other; C for a depthwise convolution.
+        strides: Along height and width.
+        pads: Zeros before height and width, then behind them; auto_pad is resolved.
+        dilations: Distance of the taps along height and width.
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    input: ir.Value
+    output: ir.Value
+    bias: ir.Value | None
+    path: str
+    group: int
+    strides: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    dilations: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(N, C / group, height, width)`` of the kernel."""
+        tensor = constant_of(self.weight)
+        if tensor is None:
+            raise ValueError(f"{self.weight.name} is no constant any more")
+        outputs, inputs, height, width = tensor.shape.numpy()
+        return outputs, inputs, height, width
+
+
+def convolution_sites(model: ir.Model) -> tuple[ConvSite, ...]:
+    """Every Conv of the main graph with a constant float kernel over two spatial axes, in graph order.
+
+    One whose auto_pad depends on a size that is not known is no site.
+    """
+    nodes = (node for node in model.graph if node.op_type == "Conv" and node.domain in STANDARD_DOMAINS)
+    sites = (_convolution_site(node) for node in nodes)
+    return tuple(site for site in sites if site is not None)
+
+
 def linear_sites(model: ir.Model) -> tuple[LinearSite, ...]:
     """Every MatMul and Gemm of the main graph whose right operand is a constant float matrix, in graph order."""
     sites = (_linear_site(node) for node in model.graph if node.domain in STANDARD_DOMAINS)
@@ -164,3 +215,55 @@ def _matrix_shape(value: ir.Value) -> tuple[int, int]:
         raise ValueError(f"{value.name} is no constant any more")
     rows, columns = tensor.shape.numpy()
     return rows, columns
+
+
+def _convolution_site(node: ir.Node) -> ConvSite | None:
+    if len(node.inputs) < 2:
+        return None
+    source, weight = node.inputs[0], node.inputs[1]
+    tensor = constant_of(weight)
+    if source is None or weight is None or tensor is None:
+        return None
+    if len(tensor.shape) != 4 or not tensor.dtype.is_floating_point():
+        return None
+    _, _, height, width = tensor.shape.numpy()
+    strides, dilations = _pair(node, "strides"), _pair(node, "dilations")
+    pads = _pads(node, source, (height, width), strides, dilations)
+    if pads is None:
+        return None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    group = integer_attribute(node, "group", 1)
+    return ConvSite(
+        node, weight, source, node.outputs[0], bias, module_path(node), group, strides, pads, dilations
+    )  # fmt: skip
+
+
+def _pair(node: ir.Node, name: str) -> tuple[int, int]:
+    attribute = node.attributes.get(name)
+    first, second = (1, 1) if attribute is None else attribute.as_ints()
+    return first, second
+
+
+def _pads(
+    node: ir.Node, source: ir.Value, kernel: tuple[int, int], strides: tuple[int, int], dilations: tuple[int, int]
+) -> tuple[int, int, int, int] | None:
+    """Zeros before both axes and behind both; None where auto_pad depends on a size that is not known."""
+    attribute = node.attributes.get("auto_pad")
+    automatic = "NOTSET" if attribute is None else attribute.as_string()
+    if automatic == "NOTSET":
+        stated = node.attributes.get("pads")
+        top, left, bottom, right = (0, 0, 0, 0) if stated is None else stated.as_ints()
+        return top, left, bottom, right
+    before, behind = [0, 0], [0, 0]
+    for axis in range(2 if automatic != "VALID" else 0):
+        reach = (kernel[axis] - 1) * dilations[axis] + 1
+        size = None if source.shape is None or len(source.shape) != 4 else source.shape[2 + axis]
+        if strides[axis] == 1:
+            total = reach - 1
+        elif isinstance(size, int):
+            total = max((-(-size // strides[axis]) - 1) * strides[axis] + reach - size, 0)
+        else:
+            return None
+        less, more = total // 2, total - total // 2
+        before[axis], behind[axis] = (less, more) if automatic == "SAME_UPPER" else (more, less)
+    return before[0], before[1], behind[0], behind[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ SAMPLE_ROWS = 512
 """Rows that a sample holds at most."""
 PRODUCT_ROWS = 512
 """Rows whose products are summed in float32, at most."""
+PANEL = 256
+"""Rows of a triangle that are summed together."""
+_WIDE_ROWS = 64
 _SMALLEST_REACH = 2.0**-64
 _CHUNK = 1 << 16
 _SQUARES = (2.0**-40, 2.0**56)
@@ -197,13 +201,13 @@ class ActivationAccumulator:
 
 
 class MomentsAccumulator:
-    """Sees one value batch by batch and keeps what `Moments` holds, in constant memory: 8 K² bytes, half more at times.
+    """Sees one value batch by batch and keeps what `Moments` holds, in constant memory: 4 K² bytes and a panel.
 
     The products of `PRODUCT_ROWS` rows at a time are summed in float32 and these sums in float64. A float32 sum of c
     products is off by at most ``c 2^-24`` of the sum of their sizes to first order, in any order of summation (Higham
     2002, section 3.1), so that each element of the result is off by less than ``c 2^-24 mean|x_i x_j| + 2^-126`` with
     ``c = PRODUCT_ROWS``, however many rows there are. Numbers whose squares would leave float32 are multiplied in
-    float64.
+    float64. Only the lower triangle is summed, in panels of `PANEL` rows.
 
     Attributes:
         name: What the value is called in an error.
@@ -213,7 +217,7 @@ class MomentsAccumulator:
         """Nothing is seen yet."""
         self.name = name
         self._rows = 0
-        self._second = np.zeros((0, 0))
+        self._panels: list[NDArray[np.float64]] = []
         self._absmax = np.zeros(0, np.float32)
         self._total = np.zeros(0)
 
@@ -230,14 +234,43 @@ class MomentsAccumulator:
         channels = values.shape[1]
         low, high = _limits(self.name, values, len(self._absmax) if self._rows else channels)
         if not self._rows:
-            self._second = np.zeros((channels, channels))
+            ends = [min(start + PANEL, channels) for start in range(0, channels, PANEL)]
+            self._panels = [np.zeros((end - index * PANEL, end)) for index, end in enumerate(ends)]
             self._absmax, self._total = np.zeros(channels, np.float32), np.zeros(channels)
-        np.maximum(self._absmax, np.maximum(-low, high), out=self._absmax)
+        largest = np.maximum(-low, high)
+        np.maximum(self._absmax, largest, out=self._absmax)
         for start in range(0, len(values), PRODUCT_ROWS):
             chunk = values[start : start + PRODUCT_ROWS]
             self._total += chunk.sum(axis=0, dtype=np.float64)
-            self._second += _products(chunk)
+            _add_products(self._panels, chunk, float(largest.max()))
         self._rows += len(values)
+
+    @property
+    def rows(self) -> int:
+        """Rows seen.
+
+        Raises:
+            ValueError: None were.
+        """
+        if not self._rows:
+            raise ValueError(f"nothing was seen of {self.name}")
+        return self._rows
+
+    @property
+    def absmax(self) -> NDArray[np.float32]:
+        """Largest absolute value of each channel, float32 [K]."""
+        return self._absmax.copy()
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each channel, float64 [K]; raises what `rows` does."""
+        return self._total / self.rows
+
+    def triangle(self) -> Iterator[NDArray[np.float64]]:
+        """Rows of the lower triangle of the mean of ``x xᵀ``, float64 [1], [2], ... [K]; raises what `rows` does."""
+        for index, panel in enumerate(self._panels):
+            for place, row in enumerate(panel):
+                yield row[: index * PANEL + place + 1] / self.rows
 
     def result(self) -> Moments:
         """All that was seen, as arrays of its own.
@@ -245,24 +278,33 @@ class MomentsAccumulator:
         Raises:
             ValueError: Nothing was.
         """
-        if not self._rows:
-            raise ValueError(f"nothing was seen of {self.name}")
-        return Moments(
-            rows=self._rows,
-            second=self._second / self._rows,
-            absmax=self._absmax.copy(),
-            mean=self._total / self._rows,
-        )
+        second = np.empty((len(self._absmax), len(self._absmax)))
+        for index, row in enumerate(self.triangle()):
+            second[index, : index + 1] = row
+            second[: index + 1, index] = row
+        return Moments(rows=self.rows, second=second, absmax=self.absmax, mean=self.mean)
 
 
-def _products(chunk: NDArray[np.float32]) -> NDArray[np.floating]:
-    """Sum of ``x xᵀ`` over the rows of ``chunk [n, K]``: float32 [K, K], or float64 where the squares ask for it."""
+def _add_products(panels: Sequence[NDArray[np.float64]], chunk: NDArray[np.float32], reach: float) -> None:
+    """Add the sum of ``x xᵀ`` over the rows of ``chunk [n, K]``, none larger than ``reach``, to its lower triangle.
+
+    What lies above the diagonal in the last block of a panel is summed too, and means nothing to anyone.
+    """
     smallest, largest = _SQUARES
-    reach = max(-float(chunk.min()), float(chunk.max()))
     if reach and not smallest <= reach < largest:
-        wide = chunk.astype(np.float64)
-        return wide.T @ wide
-    return chunk.T @ chunk
+        for start in range(0, len(chunk), _WIDE_ROWS):
+            _add_triangle(panels, chunk[start : start + _WIDE_ROWS].astype(np.float64))
+    else:
+        _add_triangle(panels, chunk)
+
+
+def _add_triangle(panels: Sequence[NDArray[np.float64]], rows: NDArray[np.floating]) -> None:
+    for panel in panels:
+        count, end = panel.shape
+        own, before = rows[:, end - count : end], rows[:, : end - count]
+        if count < end:
+            panel[:, : end - count] += own.T @ before
+        panel[:, end - count :] += own.T @ own
 
 
 def _as_rows(array: NDArray[np.floating]) -> NDArray[np.float32]:

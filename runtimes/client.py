@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,12 @@ from artifacts.errors import ProviderError, UsageError
 from artifacts.manifest import SessionOptions, TensorSpec
 
 from .environment import import_paths, short_reason
+from .generate.feeds import fitted as fit_cache
 from .kernels import Kernel
 from .settings import Settings
 
 Feeds = Mapping[str, NDArray[Any]]
+Fit = Callable[[Feeds, Sequence[TensorSpec]], Feeds]
 
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtimes.worker import main; main(sys.argv[2])"
@@ -49,6 +51,7 @@ class Worker:
         wide: Open it for ``settings.lanes`` runs at once. :meth:`time` then takes the seconds of that many together.
         timeout: Seconds that loading, one run, or one block of timing (beyond its own seconds) may take.
         record_assignment: Keep which node went to which provider, for :meth:`assignment`.
+        fit: Makes of feeds, given the model's inputs, what the model takes.
 
     Raises:
         ProviderError: The model does not load there, or the child crashed or hung. The same for every method.
@@ -69,8 +72,10 @@ class Worker:
         wide: bool = False,
         timeout: float = 120.0,
         record_assignment: bool = True,
+        fit: Fit = fit_cache,
     ) -> None:
         self.provider = provider
+        self._fit = fit
         self.timeout = timeout
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="hasten-worker-", ignore_cleanup_errors=True)
@@ -106,7 +111,7 @@ class Worker:
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Outputs by name."""
         inputs, outputs = self._file("feeds.npz"), self._file("outputs.npz")
-        names = write_feeds(inputs, feeds)
+        names = write_feeds(inputs, self.fitted(feeds))
         reply = self._ask("run", "running the model", {"feeds": inputs, "names": names, "outputs": outputs})
         with np.load(outputs, allow_pickle=False) as arrays:
             return {name: arrays[f"arr_{index}"] for index, name in enumerate(reply["names"])}
@@ -117,7 +122,11 @@ class Worker:
         One call more is made before them and dropped: it pays for buffers and kernels of a new shape.
         """
         path = self._file("feeds.npz")
-        return self._time(path, write_feeds(path, feeds), seconds, repeats)
+        return self._time(path, write_feeds(path, self.fitted(feeds)), seconds, repeats)
+
+    def fitted(self, feeds: Feeds) -> Feeds:
+        """The feeds as the model takes them."""
+        return self._fit(feeds, self.inputs)
 
     def assignment(self) -> dict[str, tuple[tuple[str, str], ...]]:
         """(node name, operator type) by provider."""
@@ -141,7 +150,7 @@ class Worker:
     def profile(self, feeds: Feeds, *, runs: int = 8) -> tuple[Kernel, ...]:
         """What each kernel takes of a run. Loads the model once more, to be profiled."""
         path = self._file("feeds.npz")
-        request = {"feeds": path, "names": write_feeds(path, feeds), "runs": runs}
+        request = {"feeds": path, "names": write_feeds(path, self.fitted(feeds)), "runs": runs}
         return tuple(Kernel(*one) for one in self._ask("profile", "profiling the model", request)["kernels"])
 
     def devices(self) -> tuple[str, ...]:
@@ -320,11 +329,22 @@ def interleave(
         raise UsageError("timing needs a worker, a shape and a round")
     measured: dict[str, list[list[float]]] = {name: [[] for _ in shapes] for name in workers}
     with tempfile.TemporaryDirectory(prefix="hasten-timing-", ignore_cleanup_errors=True) as folder:
-        files = [str(Path(folder) / f"{index}.npz") for index in range(len(shapes))]
-        names = [write_feeds(file, feeds) for file, feeds in zip(files, shapes, strict=True)]
+        files = [_written(folder, index, feeds, workers) for index, feeds in enumerate(shapes)]
         for _ in range(rounds):
-            for index, file in enumerate(files):
+            for index, written in enumerate(files):
                 for name, worker in workers.items():
-                    times = worker._time(file, names[index], seconds, None)
+                    times = worker._time(*written[name], seconds, None)
                     measured[name][index].append(min(times) * 1e3)
     return Timings({name: tuple(tuple(blocks) for blocks in values) for name, values in measured.items()})
+
+
+def _written(folder: str, index: int, feeds: Feeds, workers: Mapping[str, Worker]) -> dict[str, tuple[str, list[str]]]:
+    """Worker -> the file of the feeds as it takes them, one for all that take them as they are, and their names."""
+    shared = str(Path(folder) / f"{index}.npz")
+    names = write_feeds(shared, feeds)
+    found = {}
+    for number, (name, worker) in enumerate(workers.items()):
+        fed = worker.fitted(feeds)
+        own = str(Path(folder) / f"{index}-{number}.npz")
+        found[name] = (shared, names) if fed is feeds else (own, write_feeds(own, fed))
+    return found

@@ -182,11 +182,12 @@ def _open(
         record_assignment=candidate.provider != CPU_PROVIDER,
     )
     try:
-        check_golden(session, golden, variant.tolerance, candidate.name)
-        if bundle.manifest.generation is not None:
-            from .generate.check import check_written
+        if bundle.manifest.generation is None:
+            check_golden(session, golden, variant.tolerance, candidate.name)
+        else:
+            from .generate.check import check_decoder
 
-            check_written(session, bundle.manifest.inputs, golden, variant.tolerance, candidate.name)
+            check_decoder(session, bundle.manifest.inputs_of(variant), golden, variant.tolerance, candidate.name)
     except HastenError:
         session.close()
         raise

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from builders import GraphBuilder, random
 from encoder_graphs import Encoder
 from shared_data import sts_pairs
 
 from artifacts.errors import HastenError
 from compiler.calibrate import Batches, Calibrator, tensor_batches, text_batches
 from compiler.calibrate import calibrator as module
+from compiler.calibrate.session import CalibrationSession
 from compiler.graphs import GraphFolder
 from runtimes.text import TextEncoder
 
@@ -80,12 +85,61 @@ def watch(folder: Path, kind: str, memory: int, statistic: str) -> dict[str, int
 
 
 def made(kind: str) -> tuple[ir.Model, Batches]:
-    """An encoder with random weights, and long and short rows for it."""
+    """An encoder with random weights, and long and short rows for it; or a graph of many large weights."""
+    if kind == "deep":
+        return deep(), tensor_batches([{"x": np.ones((8, 1448), np.float32)}] * 2, rows_apart=True)
     model = Encoder(fused=kind == "fused", layers=3, hidden=256, heads=8).build()
     generator = np.random.default_rng(0)
     shapes = [(64, 8), (32, 32), (16, 64), (8, 128), (8, 128)]
     ids = [generator.integers(0, 600, shape) for shape in shapes]
     return model, tensor_batches([{"input_ids": i, "attention_mask": np.ones_like(i)} for i in ids], rows_apart=True)
+
+
+def deep(count: int = 12, channels: int = 1448) -> ir.Model:
+    """A chain of products with weights of 8 MB each."""
+    builder = GraphBuilder()
+    x = builder.input("x", ["n", channels])
+    for index in range(count):
+        weight = random(index, channels, channels) / np.float32(np.sqrt(channels))
+        x = builder.add("MatMul", x, builder.constant(weight, f"w{index}"), name=f"v{index}", shape=["n", channels])
+    return builder.finish(x)
+
+
+def chain(count: int = 6, channels: int = 600) -> ir.Model:
+    """A chain of wide values, whose moments take far more than a run: 2 MB each."""
+    builder = GraphBuilder()
+    x = builder.input("x", ["n", channels])
+    for index in range(count):
+        x = builder.add("Neg", x, name=f"v{index}", shape=["n", channels])
+    return builder.finish(x)
+
+
+def chained(folder: Path, memory: int) -> Calibrator:
+    """A calibrator for `chain`, with the user's cache."""
+    batches = tensor_batches([{"x": random(seed, 40, 600)} for seed in range(3)], rows_apart=True)
+    return Calibrator(batches, GraphFolder(folder), memory=memory, threads=1)
+
+
+def killed(folder: Path, memory: int, statistic: str, *, passes: int) -> None:
+    """Calibrate, and die by SIGKILL in the middle of a pass over the data, so many before it complete."""
+    model, lent = chain(), chained(folder, memory)
+    run, begun, batches = CalibrationSession.run, [0], [0]
+    start = Calibrator._pass
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        begun[0] += 1
+        batches[0] = 0
+        start(*arguments, **options)
+
+    def deadly(session: CalibrationSession, batch: Any) -> Any:
+        batches[0] += 1
+        if begun[0] == passes + 1 and batches[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run(session, batch)
+
+    Calibrator._pass = counted  # type: ignore[method-assign]
+    CalibrationSession.run = deadly  # type: ignore[method-assign]
+    getattr(lent, statistic)(model, [output for node in model.graph for output in node.outputs])
 
 
 def _real(folder: Path) -> tuple[ir.Model, Batches]:

@@ -138,7 +138,7 @@ def test_names_of_passes_are_unique_and_each_has_a_file_of_its_own() -> None:
 
 
 def test_every_pass_file_is_registered() -> None:
-    folders = ("cleanup", "fusion", "quantize", "precision")
+    folders = ("cleanup", "fusion", "quantize", "precision", "prune", "factor", "repair", "share")
     defined = {
         node.name
         for path, node in nodes(ast.ClassDef)

@@ -11,6 +11,7 @@ import pytest
 
 import hasten
 from compiler.compile import CompileOptions
+from compiler.compression import Compression
 from hasten.cli import COMMANDS, cli
 
 NAMES = ["Bundle", "HastenError", "Target", "compile_model", "load", "open_bundle", "pack", "unpack"]
@@ -48,6 +49,10 @@ def test_signatures() -> None:
     assert [field.name for field in dataclasses.fields(CompileOptions)] == [
         *("targets", "recipe", "task", "pooling", "name", "data", "columns", "max_drop", "seed", "threads"),
         *("calibration_rows", "calibration_memory", "plan", "unproven", "keep_reference", "force"),
+        *("vocabulary", "compression"),
+    ]
+    assert [field.name for field in dataclasses.fields(Compression)] == [
+        *("prune", "prune_structure", "rank", "convolutions", "share", "repair"),
     ]
     assert CompileOptions().targets == ("cpu",)
     assert CompileOptions().recipe == "balanced"
@@ -57,13 +62,16 @@ def test_every_option_of_a_compile_is_an_option_of_the_command() -> None:
     command = cli.get_command(click.Context(cli), "compile")
     assert command is not None
     options = {parameter.name for parameter in command.params}
-    assert {field.name for field in dataclasses.fields(CompileOptions)} <= options
+    known = {field.name for kind in (CompileOptions, Compression) for field in dataclasses.fields(kind)}
+    assert known - {"compression", "repair"} <= options
+    assert "no_repair" in options
 
 
 def test_the_commands() -> None:
     assert list(COMMANDS) == [
         *(
             "compile",
+            "vocabulary",
             "recipes",
             "passes",
             "prove",

@@ -16,13 +16,12 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from protocol import Ids, best_of, one_line
+from protocol import Answering, Ids, Operation, best_of
 
 _SEED = 21
 _TRIAL_STEPS = 16
@@ -68,37 +67,12 @@ class DecoderPeer(ABC):
         """How many token ids the model knows."""
 
 
-class DecoderServer:
-    """Answers requests, one JSON object each."""
+class DecoderServer(Answering[DecoderSetting]):
+    """Times prompts and steps."""
 
-    def __init__(self, peer: DecoderPeer) -> None:
-        self._peer = peer
-        self._settings: dict[str, DecoderSetting] = {}
-        self._vocabulary = 0
-        self._chosen: dict[object, tuple[str, dict[str, float]]] = {}
-
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply; whatever goes wrong in a package is told, not raised."""
-        operations = {"load": self._load, "prefill": self._prefill, "decode": self._decode}
-        try:
-            return {"ok": True, **operations[request["op"]](request)}
-        except Exception as error:  # noqa: BLE001 - a package may raise anything, and the asker wants one line
-            return {"ok": False, "error": one_line(error)}
-
-    def _load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        model, work = Path(request["model"]), Path(request["work"])
-        work.mkdir(parents=True, exist_ok=True)
-        failed = {}
-        for name, make in self._peer.load(model, [], work).items():
-            try:
-                self._settings[name] = make()
-            except Exception as error:  # noqa: BLE001 - one setting that does not work here is no reason to give up
-                failed[name] = one_line(error)
-        if not self._settings:
-            raise RuntimeError(f"no setting works: {failed}")
-        self._vocabulary = self._peer.vocabulary(model)
-        versions = {name: version(name) for name in self._peer.packages}
-        return {"settings": list(self._settings), "failed": failed, "versions": versions}
+    def operations(self) -> dict[str, Operation]:
+        """See `protocol.Answering`."""
+        return {"prefill": self._prefill, "decode": self._decode}
 
     def _prefill(self, request: Mapping[str, Any]) -> dict[str, Any]:
         ids = self._ids(1, int(request["tokens"]))

@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ Ids = NDArray[np.int64]
 Vectors = NDArray[np.float32]
 Block = tuple[list[int], Ids, Ids]
 """Rows of some texts: where they stand in the list, ids [rows, longest], and 1 where there is a token."""
+Kind = TypeVar("Kind")
+Kind_co = TypeVar("Kind_co", covariant=True)
+Operation = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 BATCHES = (16, 32, 64)
 """Rows a batch that are tried on text."""
@@ -115,18 +118,39 @@ class Peer(ABC):
         return int(json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
 
-class Server:
-    """Answers requests, one JSON object each."""
+class Loads(Protocol[Kind_co]):
+    """What a server asks of a peer: `Peer`, or another benchmark's."""
 
-    def __init__(self, peer: Peer) -> None:
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """See `Peer`."""
+        ...
+
+    def load(self, model: Path, texts: Sequence[str], work: Path) -> Mapping[str, Callable[[], Kind_co]]:
+        """See `Peer.load`."""
+        ...
+
+    def vocabulary(self, model: Path) -> int:
+        """See `Peer.vocabulary`."""
+        ...
+
+
+class Answering(ABC, Generic[Kind]):
+    """Answers requests, one JSON object each: what the servers of all benchmarks share."""
+
+    def __init__(self, peer: Loads[Kind]) -> None:
         self._peer = peer
-        self._settings: dict[str, Setting] = {}
+        self._settings: dict[str, Kind] = {}
         self._vocabulary = 0
         self._chosen: dict[object, tuple[str, dict[str, float]]] = {}
 
+    @abstractmethod
+    def operations(self) -> dict[str, Operation]:
+        """What it answers besides ``load``."""
+
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reply; whatever goes wrong in a package is told, not raised."""
-        operations = {"load": self._load, "time": self._time, "embed": self._embed}
+        operations = {"load": self._load, **self.operations()}
         try:
             return {"ok": True, **operations[request["op"]](request)}
         except Exception as error:  # noqa: BLE001 - a package may raise anything, and the asker wants one line
@@ -149,6 +173,14 @@ class Server:
         versions = {name: version(name) for name in self._peer.packages}
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "settings": list(self._settings), "failed": failed, "versions": versions}
+
+
+class Server(Answering[Setting]):
+    """Times shapes and embeds texts."""
+
+    def operations(self) -> dict[str, Operation]:
+        """See `Answering`."""
+        return {"time": self._time, "embed": self._embed}
 
     def _time(self, request: Mapping[str, Any]) -> dict[str, Any]:
         shape = int(request["batch"]), int(request["length"])
@@ -190,15 +222,7 @@ class Server:
         return self._settings
 
 
-class Answering(Protocol):
-    """What answers requests: `Server`, or another benchmark's."""
-
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a request."""
-        ...
-
-
-def serve(server: Answering) -> None:
+def serve(server: Answering[Any]) -> None:
     """Answer requests until ``exit`` or the end of stdin, which ends the process whatever it is doing."""
     options = _arguments()
     answers = _protect_stdout()

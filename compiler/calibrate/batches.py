@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from artifacts.errors import DataError
 from artifacts.manifest import TensorSpec, TextProcessor
+from artifacts.signature import CACHE_PREFIXES
+from runtimes.generate.feeds import fitted
 from runtimes.text import Tokens, pad
 
+from ..export.exported import tensor_specs
 from ..generation import prefill
 from ..shorten import LONGEST, shortened
 
@@ -90,6 +93,13 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.make())
+
+    def fitted(self, inputs: Sequence[ir.Value]) -> Batches:
+        """The same for a graph of other KV caches, see `runtimes.generate.feeds.fitted`."""
+        if not any(str(value.name).startswith(CACHE_PREFIXES) for value in inputs):
+            return self
+        specs = tensor_specs(tuple(inputs))
+        return replace(self, make=lambda: (replace(batch, feeds=fitted(batch.feeds, specs)) for batch in self))
 
 
 def text_batches(

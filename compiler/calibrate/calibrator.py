@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +19,28 @@ from runtimes.environment import onnxruntime as ort
 
 from ..graphs import GraphFolder
 from .batches import DATA, Batch, Batches, Survey, place, survey
+from .content import digests
 from .footprint import measure
-from .instrument import instrument, saved
+from .instrument import instrument
 from .plan import Group, plan
-from .session import CalibrationSession, give_back
-from .statistic import Accumulator, Activations, SecondMoments, Seen, Statistic
+from .results import Accumulator, Results
+from .segments import SegmentedSession, weights_at_once
+from .session import give_back
+from .statistic import Activations, SecondMoments, Seen, Statistic
 
 Announce = Callable[[str, float], None]
-_VERSION = 2
+_VERSION = 3
 _SILENCE = 0.05
 
 
 @dataclass
 class Calibrator:
     """Runs graphs on calibration data; its `observe` and its `moments` are what a pass is lent.
+
+    What is known of a value is kept by itself in the user's cache, as soon as the pass over the data that saw it is
+    complete, under a key of what the value depends on: the data, and the graph upstream of it. So one cache serves
+    every pass that asks, whatever else of the graph was rewritten in between, and after an interruption only the rest
+    is run.
 
     Attributes:
         batches: The data.
@@ -72,7 +81,7 @@ class Calibrator:
     def moments(self, model: ir.Model, values: Sequence[ir.Value]) -> Mapping[str, Moments]:
         """Second moments of the values over the data, by name; a value that several operators read is seen once.
 
-        As many values are seen in one pass over the data as there is memory for their sums, 8 K² bytes each. What is
+        As many values are seen in one pass over the data as there is memory for their sums, 4 K² bytes each. What is
         complete goes to a file, so that the mapping takes no memory: each of its items is read when it is asked for.
         The files, 2 K² bytes each, go when the mapping does.
 
@@ -105,47 +114,57 @@ class Calibrator:
         if not values:
             return {}
         found = self._survey(model)
-        names = [value.name or "" for value in values]
-        key = self._key(model, values, found, statistic) if self.cache else ""
-        known = statistic.recall(key, names, self.folder.path) if key else None
-        if known is not None:
-            return known
-        results = statistic.collect(names, self._results(model, values, found, statistic), self.folder.path)
-        if key:
-            statistic.remember(key, results)
+        keys = self._keys(model, values, found, statistic) if self.cache else {}
+        results = statistic.results([_name(value) for value in values], self.folder.path)
+        with ExitStack() as failed:
+            failed.callback(results.close)
+            missing = [v for v in values if _name(v) not in keys or not results.recall(_name(v), keys[_name(v)])]
+            if missing:
+                self._fill(results, keys, model, missing, found, statistic)
+            failed.pop_all()
         return results
 
-    def _results(
-        self, model: ir.Model, values: Sequence[ir.Value], found: Survey, statistic: Statistic[Seen]
-    ) -> Iterator[tuple[str, Seen]]:
-        """Each value with what was seen of it, group by group, in as many passes over the data."""
+    def _fill(
+        self,
+        results: Results[Seen],
+        keys: Mapping[str, str],
+        model: ir.Model,
+        values: Sequence[ir.Value],
+        found: Survey,
+        statistic: Statistic[Seen],
+    ) -> None:
+        """See the values, group by group, in as many passes over the data; each is kept when its group is complete."""
+        at_once = weights_at_once(self.memory)
         apart = self.batches.rows_apart
-        footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads)
-        groups = plan(footprint, found, self.memory, statistic)
+        footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads, at_once=at_once)
+        groups = plan(footprint, found, self.memory, statistic, results.held)
         for turn, group in enumerate(groups):
             progress = _Progress(self.announce, found.examples * len(groups), found.examples * turn)
             chosen = [values[index] for index in group.values]
-            seen = {value.name or "": statistic.accumulator(value.name or "") for value in chosen}
-            flat = [not footprint.channels[index] for index in group.values]
-            self._pass(model, chosen, group, list(zip(seen.values(), flat, strict=True)), progress)
-            # One by one, so that statistics are there twice for one value only.
-            for name in list(seen):
-                yield name, _result(seen.pop(name))
+            seen = [
+                (results.begin(_name(value)), not footprint.channels[index])
+                for index, value in zip(group.values, chosen, strict=True)
+            ]
+            self._pass(model, chosen, group, seen, progress)
+            seen.clear()  # or accumulators would be there beside their results
+            for value in chosen:
+                _finish(results, _name(value))
+                if keys:
+                    results.remember(_name(value), keys[_name(value)])
 
     def _pass(
         self,
         model: ir.Model,
         values: Sequence[ir.Value],
         group: Group,
-        seen: Sequence[tuple[Accumulator[Any], bool]],
+        seen: Sequence[tuple[Accumulator, bool]],
         progress: _Progress,
     ) -> None:
         """Show every batch to the accumulators of the values; beside each, whether it sees one channel."""
-        with (
-            saved(instrument(model, values), self.folder) as path,
-            CalibrationSession(path, threads=self.threads) as session,
-        ):
-            for batch in _parts(self.batches, group.elements):
+        graph = instrument(model, values)
+        at_once = weights_at_once(self.memory)
+        with SegmentedSession(graph, self.folder, at_once=at_once, threads=self.threads) as session:
+            for batch in _parts(self.batches.fitted(model.graph.inputs), group.elements):
                 outputs = session.run(batch)
                 # Each is let go as soon as it is seen.
                 for accumulator, one_channel in reversed(seen):
@@ -157,16 +176,18 @@ class Calibrator:
         inputs = tuple(model.graph.inputs)
         signature = str([(value.name, str(value.dtype), str(value.shape)) for value in inputs])
         if signature not in self._surveys:
-            self._surveys[signature] = survey(self.batches, inputs)
+            self._surveys[signature] = survey(self.batches.fitted(inputs), inputs)
         return self._surveys[signature]
 
-    def _key(self, model: ir.Model, values: Sequence[ir.Value], found: Survey, statistic: Statistic[Any]) -> str:
-        """Digest of all that the result depends on; the graph names its weights by their content."""
-        with saved(instrument(model, values), self.folder) as path:
-            graph = hashlib.sha256(path.read_bytes()).hexdigest()
-        names = [value.name for value in values]
-        told = [_VERSION, ort.__version__, repr(statistic), graph, names, found.digest]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    def _keys(
+        self, model: ir.Model, values: Sequence[ir.Value], found: Survey, statistic: Statistic[Any]
+    ) -> dict[str, str]:
+        """By name of the value, a digest of all that its statistic depends on."""
+        told = [_VERSION, ort.__version__, repr(statistic), found.digest]
+        return {
+            _name(value): hashlib.sha256(json.dumps([*told, content]).encode()).hexdigest()
+            for value, content in zip(values, digests(model, values, self.folder), strict=True)
+        }
 
 
 @dataclass
@@ -195,7 +216,7 @@ def _parts(batches: Batches, elements: int) -> Iterator[Batch]:
             yield batch.part(start, min(start + step, count))
 
 
-def _see(accumulator: Accumulator[Any], output: NDArray[np.float32], batch: Batch, *, one_channel: bool) -> None:
+def _see(accumulator: Accumulator, output: NDArray[np.float32], batch: Batch, *, one_channel: bool) -> None:
     try:
         accumulator.update(output.reshape(-1, 1) if one_channel else output)
     except NotFiniteError as error:
@@ -208,8 +229,12 @@ def _see(accumulator: Accumulator[Any], output: NDArray[np.float32], batch: Batc
         raise DataError(f"{error}: {place(batch.examples)}", "Give examples of one shape") from error
 
 
-def _result(accumulator: Accumulator[Seen]) -> Seen:
+def _finish(results: Results[Any], name: str) -> None:
     try:
-        return accumulator.result()
+        results.finish(name)
     except ValueError as error:
         raise DataError(f"{error} in {DATA}", "Give examples that reach it") from error
+
+
+def _name(value: ir.Value) -> str:
+    return value.name or ""

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ..graphs import GraphFolder
 from .batches import Survey
-from .instrument import instrument, saved, weight_bytes
-from .session import CalibrationSession, Event
+from .instrument import instrument, weight_bytes
+from .segments import SegmentedSession, heaviest
+from .session import KERNEL, Event
 
 _ATTENTION = {"MultiHeadAttention", "Attention", "GroupQueryAttention"}
 _FLOAT_BYTES = 4
-_KERNEL = "_kernel_time"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Footprint:
 
     Attributes:
         weights: Bytes of its weights.
+        heaviest: Bytes of the weights of the operator that has most.
         elements: Elements of the feeds of the smallest and the largest example.
         made: What each node makes, float64 [nodes, 3], in the order of execution.
         extra: What it holds besides while it runs, float64 [nodes, 3].
@@ -42,6 +43,7 @@ class Footprint:
     """
 
     weights: int
+    heaviest: int
     elements: tuple[int, int]
     made: NDArray[np.float64]
     extra: NDArray[np.float64]
@@ -79,7 +81,14 @@ class Footprint:
 
 
 def measure(
-    model: ir.Model, values: Sequence[ir.Value], found: Survey, folder: GraphFolder, *, rows_apart: bool, threads: int
+    model: ir.Model,
+    values: Sequence[ir.Value],
+    found: Survey,
+    folder: GraphFolder,
+    *,
+    rows_apart: bool,
+    threads: int,
+    at_once: int,
 ) -> Footprint:
     """Run the graph on its smallest and its largest example without keeping anything.
 
@@ -90,9 +99,8 @@ def measure(
     small, large = found.smallest, found.largest
     probes = [small, small.twice() if rows_apart else small, large]
     with (
-        saved(graph, folder) as path,
         tempfile.TemporaryDirectory(prefix="hasten-") as profiles,
-        CalibrationSession(path, threads=threads, profile=Path(profiles)) as session,
+        SegmentedSession(graph, folder, at_once=at_once, threads=threads, profile=Path(profiles)) as session,
     ):
         shapes = [session.run(one) for one in probes]
         runs = session.profiled()
@@ -104,6 +112,7 @@ def measure(
     makers = [output.producer().inputs[0].producer() for output in graph.graph.outputs]  # type: ignore[union-attr]
     return Footprint(
         weights=weight_bytes(graph),
+        heaviest=heaviest(graph),
         elements=(small.elements, large.elements),
         made=np.stack(made, axis=1),
         extra=np.stack(extra, axis=1),
@@ -117,7 +126,7 @@ def measure(
 def _name(event: Event) -> str:
     """Of the node whose kernel ran; empty for other events."""
     name = str(event["name"])
-    return name.removesuffix(_KERNEL) if event.get("cat") == "Node" and name.endswith(_KERNEL) else ""
+    return name.removesuffix(KERNEL) if event.get("cat") == "Node" and name.endswith(KERNEL) else ""
 
 
 def _sizes_of(

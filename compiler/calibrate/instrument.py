@@ -86,5 +86,10 @@ def _output(graph: ir.Graph, value: ir.Value, name: str, *, shapes: bool) -> ir.
     kind = ir.DataType.INT64 if shapes else ir.DataType.FLOAT
     output = ir.Value(name=name, type=ir.TensorType(kind))
     attributes = {} if shapes else {"to": ir.DataType.FLOAT}
-    graph.append(ir.node("Shape" if shapes else "Cast", [value], attributes, outputs=[output]))
+    node = ir.node("Shape" if shapes else "Cast", [value], attributes, outputs=[output])
+    maker = value.producer()
+    if maker is None:
+        graph.append(node)
+    else:  # at once, so that what is only measured need not wait for the end
+        graph.insert_after(maker, node)
     return output

@@ -12,30 +12,34 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from artifacts.swap import output_errors
-from passes.statistics import Moments
+from passes.statistics import Moments, MomentsAccumulator
 from runtimes.remember import keep
 
+from .results import Results
 from .store import bound, cache_path
 
 MOST_BYTES = 2 << 30
 """Size of all that is kept; the oldest goes first. Those of a decoder of half a billion parameters are 1.2 GB."""
 _KIND = "moments"
+_SECOND = "second"
 
 
-class MomentsFiles(Mapping[str, Moments]):
+class MomentsFiles(Results[Moments]):
     """Second moments by name, each read from its file whenever it is asked for. The files go when the object does.
 
     Attributes:
         paths: The files, by name.
-        close: Deletes the files now.
     """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
@@ -50,11 +54,13 @@ class MomentsFiles(Mapping[str, Moments]):
         """
         with output_errors(folder):
             made = Path(tempfile.mkdtemp(prefix="moments-", dir=folder))
-        self.close = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        self._delete = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        self._seeing: dict[str, MomentsAccumulator] = {}
+        self._kept = 0
         self.paths = {name: made / f"{index}.npz" for index, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Moments:
-        return _read(self.paths[name], name)
+        return _read(self.paths[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self.paths
@@ -65,60 +71,51 @@ class MomentsFiles(Mapping[str, Moments]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def write(self, name: str, moments: Moments) -> None:
-        """Write those of one of the names.
+    @property
+    def held(self) -> int:
+        """Nothing: what is complete is in files."""
+        return 0
+
+    def begin(self, name: str) -> MomentsAccumulator:
+        """What sees the value of that name from now on."""
+        self._seeing[name] = MomentsAccumulator(name)
+        return self._seeing[name]
+
+    def finish(self, name: str) -> None:
+        """Write what was seen of that value.
 
         Raises:
             OutputError: It cannot be written.
+            ValueError: Nothing was seen.
         """
-        arrays = {
-            "name": np.array(name),
-            "rows": np.array(moments.rows),
-            "absmax": moments.absmax,
-            "mean": moments.mean,
-            "second": _packed(moments.second, moments.absmax),
-        }
-        with output_errors(self.paths[name]), self.paths[name].open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub takes the names for its own options
+        with output_errors(self.paths[name]):
+            _write(self.paths[name], self._seeing.pop(name))
 
+    def recall(self, name: str, key: str) -> bool:
+        """Take it from the user's cache; whether it was there, undamaged: it is read once."""
+        kept, path = cache_path(_KIND, key), self.paths[name]
+        try:
+            _link(kept, path)
+            _arrays(path)
+            os.utime(kept)
+        except Exception:  # noqa: BLE001  # whatever a damaged file makes zipfile and numpy raise, it is a miss
+            path.unlink(missing_ok=True)
+            return False
+        self._kept += path.stat().st_size
+        return True
 
-def recall(key: str, names: Sequence[str], folder: Path) -> MomentsFiles | None:
-    """The moments kept under a key, all of them read once; None if there are none of these values, or one is damaged.
+    def remember(self, name: str, key: str) -> None:
+        """Keep it there, unless these results fill the cache already."""
+        path, kept = self.paths[name], cache_path(_KIND, key)
+        self._kept += path.stat().st_size
+        if self._kept <= MOST_BYTES:
+            keep(kept, partial(_link, path))
+            bound(kept.parent, MOST_BYTES)
 
-    Args:
-        key: What they depend on.
-        names: Of the values, in order.
-        folder: See `MomentsFiles`.
-
-    Raises:
-        OutputError: A folder cannot be made there.
-    """
-    kept = [_path(key, index) for index in range(len(names))]
-    if not all(path.is_file() for path in kept):
-        return None
-    files = MomentsFiles(names, folder)
-    try:
-        for path, name in zip(kept, names, strict=True):
-            _link(path, files.paths[name])
-            _read(files.paths[name], name)
-            os.utime(path)
-    except Exception:  # noqa: BLE001  # whatever a damaged file makes zipfile and numpy raise, it is a miss
-        files.close()
-        return None
-    return files
-
-
-def remember(key: str, files: MomentsFiles) -> None:
-    """Keep moments. A cache that cannot be written is no error, and what is larger than all of it is not kept."""
-    if sum(path.stat().st_size for path in files.paths.values()) > MOST_BYTES:
-        return
-    for index, path in enumerate(files.paths.values()):
-        keep(_path(key, index), partial(_link, path))
-    bound(_path(key, 0).parent, MOST_BYTES)
-
-
-def _path(key: str, index: int) -> Path:
-    return cache_path(_KIND, f"{key}.{index}")
+    def close(self) -> None:
+        """Delete the files now."""
+        self._seeing.clear()
+        self._delete()
 
 
 def _link(source: Path, target: Path) -> None:
@@ -129,39 +126,55 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _read(path: Path, name: str) -> Moments:
+def _write(path: Path, seen: MomentsAccumulator) -> None:
+    """Moments as numpy's archive of arrays; the triangle row by row, so that it is never there twice."""
+    absmax = seen.absmax
+    arrays: dict[str, NDArray[Any]] = {"rows": np.array(seen.rows), "absmax": absmax, "mean": seen.mean}
+    scale = _scale(absmax)
+    channels = len(absmax)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                npy.write_array(file, array, allow_pickle=False)
+        with archive.open(f"{_SECOND}.npy", "w", force_zip64=True) as file:
+            shape = (channels * (channels + 1) // 2,)
+            descr = npy.dtype_to_descr(np.dtype(np.float32))
+            npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+            for index, row in enumerate(seen.triangle()):
+                file.write((row / (scale[: index + 1] * scale[index])).astype(np.float32).tobytes())
+
+
+def _read(path: Path) -> Moments:
     """Moments from a file.
 
     Raises:
-        ValueError: It is not what it should be, or of another value than ``name``; other errors where it is damaged.
+        ValueError: It is not what it should be; other errors where it is damaged.
+    """
+    rows, packed, absmax, mean = _arrays(path)
+    return Moments(rows, _unpacked(packed, absmax), absmax, mean)
+
+
+def _arrays(path: Path) -> tuple[int, NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Rows, the scaled triangle, absmax and mean.
+
+    Raises:
+        ValueError: As `_read`.
     """
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        rows, absmax, mean = int(archive["rows"]), archive["absmax"], archive["mean"]
-        packed, stated = archive["second"], archive["name"].tolist()
+        rows, absmax, mean, packed = int(archive["rows"]), archive["absmax"], archive["mean"], archive[_SECOND]
     channels = len(absmax)
     wanted = ((absmax, np.float32, channels), (mean, np.float64, channels))
     for array, dtype, size in (*wanted, (packed, np.float32, channels * (channels + 1) // 2)):
         if array.dtype != dtype or array.shape != (size,) or not np.isfinite(array).all():
             raise ValueError("an array is not what it should be")
-    if rows < 1 or stated != name:
+    if rows < 1:
         raise ValueError("the numbers do not fit together")
-    return Moments(rows, _unpacked(packed, absmax), absmax, mean)
+    return rows, packed, absmax, mean
 
 
 def _scale(absmax: NDArray[np.float32]) -> NDArray[np.float64]:
     """Powers of two above the largest ``|x|`` of each channel, float64 [K]."""
     return np.ldexp(1.0, np.frexp(absmax)[1])
-
-
-def _packed(second: NDArray[np.float64], absmax: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The lower triangle of ``second [K, K]``, scaled, float32 [K (K + 1) / 2]."""
-    scale = _scale(absmax)
-    packed = np.empty(len(second) * (len(second) + 1) // 2, np.float32)
-    end = 0
-    for index, row in enumerate(second):
-        start, end = end, end + index + 1
-        packed[start:end] = row[: index + 1] / (scale[: index + 1] * scale[index])
-    return packed
 
 
 def _unpacked(packed: NDArray[np.float32], absmax: NDArray[np.float32]) -> NDArray[np.float64]:

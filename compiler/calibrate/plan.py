@@ -10,6 +10,7 @@ from artifacts.errors import UsageError
 
 from .batches import Survey
 from .footprint import Footprint
+from .segments import WEIGHT_SHARE, weights_at_once
 from .statistic import Statistic
 
 _AROUND = 40 * 10**6
@@ -32,7 +33,9 @@ class Group:
     elements: int
 
 
-def plan(footprint: Footprint, found: Survey, memory: int, statistic: Statistic[Any]) -> tuple[Group, ...]:
+def plan(
+    footprint: Footprint, found: Survey, memory: int, statistic: Statistic[Any], held: int = 0
+) -> tuple[Group, ...]:
     """Groups that fit: as few as can be, and then with batches as large as can be.
 
     Batches are halved before values are divided; only where a single example of the largest kind leaves no room for all
@@ -43,13 +46,14 @@ def plan(footprint: Footprint, found: Survey, memory: int, statistic: Statistic[
         found: The sizes of the examples.
         memory: Bytes that may be taken.
         statistic: What is gathered.
+        held: Bytes of statistics that are there already.
 
     Raises:
         UsageError: One value and one example do not fit; says what would.
     """
-    budget = _Budget(footprint, found, memory, statistic)
+    budget = _Budget(footprint, found, memory, statistic, held)
     every = range(len(footprint.values))
-    least = max(budget.need((value,), 1) for value in every)
+    least = max(budget.least(value) for value in every)
     if least > memory:
         enough = -(-int(least) // _MB)
         raise UsageError(
@@ -71,6 +75,7 @@ class _Budget:
     found: Survey
     memory: int
     statistic: Statistic[Any]
+    held: int
 
     def largest(self, values: Sequence[int]) -> int:
         limit = max(examples * elements for examples, elements in self.found.shapes)
@@ -78,20 +83,32 @@ class _Budget:
             limit //= 2
         return limit
 
+    def least(self, value: int) -> float:
+        """The smallest cap under which one value and one example fit."""
+        rest = self._besides_weights((value,), 1)
+        # Weights take a part of the cap, more than what one operator has, or all that there are.
+        return rest + self._weights(int(rest * WEIGHT_SHARE / (1.0 - WEIGHT_SHARE)) + 1)
+
     def need(self, values: Sequence[int], limit: int) -> float:
         """Bytes at the height of any batch that is cut to so many elements; ``limit`` 1: to single examples."""
+        return self._weights(weights_at_once(self.memory)) + self._besides_weights(values, limit)
+
+    def _weights(self, at_once: int) -> int:
+        return min(self.footprint.weights, max(self.footprint.heaviest, at_once))
+
+    def _besides_weights(self, values: Sequence[int], limit: int) -> float:
         shapes = {
             (min(examples, max(1, limit // elements)), elements)
             for examples, elements in self.found.shapes
         }  # fmt: skip
         run = max(self.footprint.peak(examples, elements, values) for examples, elements in shapes)
-        return self._held(values) + 2 * self.found.bytes + _MARGIN * run
+        return _AROUND + self.held + self._statistics(values) + 2 * self.found.bytes + _MARGIN * run
 
-    def _held(self, values: Sequence[int]) -> float:
-        """What stays for the whole of a pass: weights, and statistics of its values, or of all where results stay."""
+    def _statistics(self, values: Sequence[int]) -> float:
+        """What stays for the whole of a pass: statistics of its values, or of all where results stay."""
         known = self.footprint.channels
         counted = [
             max(1, channels) for channels in (known if self.statistic.stays else [known[value] for value in values])
         ]
         held = sum(self.statistic.held(channels) for channels in counted)
-        return _AROUND + self.footprint.weights + held + max(self.statistic.besides(channels) for channels in counted)
+        return held + max(self.statistic.besides(channels) for channels in counted)

@@ -17,6 +17,8 @@ from runtimes.environment import onnxruntime as ort
 from .batches import Batch, place
 
 Event = dict[str, Any]
+KERNEL = "_kernel_time"
+"""End of the name of the event of an operator; before it stands the name of the node."""
 
 
 class CalibrationSession:

@@ -1,9 +1,9 @@
-"""Statistics kept between processes by the content of all that they depend on, in the user's cache folder."""
+"""Ranges kept between processes by the content of all that they depend on, in the user's cache folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -12,40 +12,99 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from passes.statistics import BINS, SAMPLE_ROWS, Activation
+from passes.statistics import BINS, SAMPLE_ROWS, Activation, ActivationAccumulator
 from runtimes.environment import cache_directory
 from runtimes.remember import keep
+
+from .results import Results
 
 MOST_BYTES = 256 << 20
 """Size of all that is kept; the oldest goes first."""
 _KIND = "calibration"
-_NAMES = "names"
 _FIELDS = tuple(field.name for field in fields(Activation))
 
 
-def recall(key: str, names: Sequence[str]) -> dict[str, Activation] | None:
-    """The statistics kept under a key; None if there are none of these values, or the file is damaged."""
+class ActivationResults(Results[Activation]):
+    """Ranges, histograms, means and sampled rows by name, in memory."""
+
+    def __init__(self, names: Sequence[str], *, seed: int = 0) -> None:
+        """Nothing is there yet.
+
+        Args:
+            names: Of the values, in order.
+            seed: Which rows the samples draw.
+        """
+        self._names = tuple(names)
+        self._seed = seed
+        self._seeing: dict[str, ActivationAccumulator] = {}
+        self._found: dict[str, Activation] = {}
+        self._kept = 0
+
+    def __getitem__(self, name: str) -> Activation:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def held(self) -> int:
+        """Bytes of what is complete."""
+        return sum(_size(activation) for activation in self._found.values())
+
+    def begin(self, name: str) -> ActivationAccumulator:
+        """What sees the value of that name from now on."""
+        self._seeing[name] = ActivationAccumulator(name, seed=self._seed)
+        return self._seeing[name]
+
+    def finish(self, name: str) -> None:
+        """All was seen of that value.
+
+        Raises:
+            ValueError: Nothing was.
+        """
+        self._found[name] = self._seeing.pop(name).result()
+
+    def recall(self, name: str, key: str) -> bool:
+        """Take it from the user's cache; whether it was there, undamaged."""
+        found = recall(key)
+        if found is None:
+            return False
+        self._found[name] = found
+        self._kept += _size(found)
+        return True
+
+    def remember(self, name: str, key: str) -> None:
+        """Keep it there, unless these results fill the cache already."""
+        self._kept += _size(self._found[name])
+        if self._kept <= MOST_BYTES:
+            remember(key, self._found[name])
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._seeing.clear()
+        self._found.clear()
+
+
+def recall(key: str) -> Activation | None:
+    """The statistics kept under a key; None if there are none, or the file is damaged."""
     path = cache_path(_KIND, key)
     try:
         if path.stat().st_size > MOST_BYTES:
             return None
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            if archive[_NAMES].tolist() != list(names):
-                return None
-            found = {name: _read(archive, index) for index, name in enumerate(names)}
+            found = _read(archive)
         os.utime(path)
     except Exception:  # noqa: BLE001  # whatever a damaged file makes zipfile and numpy raise, it is a miss
         return None
     return found
 
 
-def remember(key: str, activations: Mapping[str, Activation]) -> None:
-    """Keep statistics. A cache that cannot be written is no error, and what is larger than all of it is not kept."""
-    arrays: dict[str, NDArray[Any]] = {_NAMES: np.array(list(activations))}
-    for index, activation in enumerate(activations.values()):
-        arrays |= {f"{index}.{name}": np.asarray(getattr(activation, name)) for name in _FIELDS}
-    if sum(array.nbytes for array in arrays.values()) > MOST_BYTES:
-        return
+def remember(key: str, activation: Activation) -> None:
+    """Keep statistics. A cache that cannot be written is no error."""
+    arrays: dict[str, NDArray[Any]] = {name: np.asarray(getattr(activation, name)) for name in _FIELDS}
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -73,8 +132,12 @@ def bound(folder: Path, most_bytes: int) -> None:
             excess -= size
 
 
-def _read(archive: Mapping[str, NDArray[Any]], index: int) -> Activation:
-    arrays = {name: archive[f"{index}.{name}"] for name in _FIELDS}
+def _size(activation: Activation) -> int:
+    return sum(np.asarray(getattr(activation, name)).nbytes for name in _FIELDS)
+
+
+def _read(archive: Mapping[str, NDArray[Any]]) -> Activation:
+    arrays = {name: archive[name] for name in _FIELDS}
     found = Activation(**(arrays | {"rows": int(arrays["rows"]), "reach": float(arrays["reach"])}))  # type: ignore[arg-type]
     channels = len(found.low)
     wanted: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {

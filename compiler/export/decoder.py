@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,14 +23,19 @@ from .causal_attention import Layer
 from .decoder_check import check_decoder
 from .decoder_head import INPUTS, DecoderHead, TorchDecoder, past_names
 from .decoder_survey import REMEDY, survey
-from .exported import Exported, tensor_specs
+from .exported import Exported, Reference, tensor_specs
 from .failures import FAILURES, LOADING_FAILURES, collector_paused, first_line
 from .heads import PREFIX
 from .naming import tidy
-from .stacking import NotStackableError, Stack, plan_stack, repeat_layers, shortened
+from .stacking import NotStackableError, Parameters, plan_stack, repeat_layers, shortened
+from .streaming import stream_model
 
 OPSET = 21
 IR_VERSION = 10
+Check = Callable[..., float]
+"""`check_decoder`, but for the graph, ``reference`` and ``layers``."""
+Made = tuple[ir.Model, float, Reference]
+"""A graph, its error, and what it was compared with."""
 _BATCH, _SEQUENCE, _POSITIONS, _CAPACITY = 2, 5, 3, 16
 """Extents of the example; all different, so that no two are taken for one."""
 
@@ -53,13 +58,9 @@ def export_decoder(source: ModelSource, *, seed: int) -> Exported:
         content = config.to_dict()
         processor, files = read_processor(source, content)
         generation, more = read_generation(source, content, files[TOKENIZER])
-        torch_model = _load(source)
-        reference = TorchDecoder(torch_model)
         limits = (int(config.vocab_size), processor.max_length)
-        check = partial(
-            check_decoder, reference=reference, layers=layers, limits=limits, seed=seed, name=source.architecture
-        )
-        model, error = _first_correct(torch_model, layers, check, source.architecture)
+        check = partial(check_decoder, limits=limits, seed=seed, name=source.architecture)
+        model, error, reference = _streamed(source, config, layers, check) or _loaded(source, layers, check)
         model.metadata_props[CONTEXT_LENGTH] = str(processor.max_length)
     return Exported(
         model=model,
@@ -120,29 +121,54 @@ def _more(names: list[Any]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _first_correct(
-    torch_model: Any, layers: tuple[Layer, ...], check: Callable[[ir.Model], float], architecture: str
-) -> tuple[ir.Model, float]:
-    """The graph and its error: of a few layers repeated, or where that is not torch's model, of all traced."""
+def _streamed(source: ModelSource, config: Any, layers: tuple[Layer, ...], check: Check) -> Made | None:
+    """The graph of a large checkpoint, whose weights stay in their files; None where that cannot be done.
+
+    The first layers are held against torch, copies of all that are traced among them: the others are copies too.
+    """
+    streamed = stream_model(source, config)
+    stack = None if streamed is None else plan_stack(streamed.model, layers)
+    if streamed is None or stack is None:
+        return None
+    try:
+        with shortened(streamed.model, stack), streamed.resident() as parameters:
+            model = _export(streamed.model, layers[: stack.traced], source.architecture, parameters)
+            streamed.defer(model, parameters)
+        short = stack.shortest()
+        trial, count = model.clone(), len(short.templates)
+        repeat_layers(trial, short, streamed, streamed.twin)
+        gc.collect()  # the collector is paused, and what the tracer leaves holds on to the weights
+        with shortened(streamed.model, stack, count):
+            error = check(trial, reference=streamed.reference, layers=layers[:count])
+        repeat_layers(model, stack, streamed, streamed.twin)
+    except (*FAILURES, UnsupportedError):
+        return None
+    return model, error, streamed.reference
+
+
+def _loaded(source: ModelSource, layers: tuple[Layer, ...], check: Check) -> Made:
+    """The graph of a model that is loaded: of a few layers repeated, or where that is not torch's model, of all."""
+    torch_model = _load(source)
+    reference = TorchDecoder(torch_model)
+    parameters = {name: tensor.detach().numpy() for name, tensor in torch_model.state_dict(keep_vars=True).items()}
     stack = plan_stack(torch_model, layers)
     if stack is not None:
         try:
-            model = _export(torch_model, layers, architecture, stack)
-            return model, check(model)
+            with shortened(torch_model, stack):
+                model = _export(torch_model, layers[: stack.traced], source.architecture, parameters)
+            repeat_layers(model, stack, parameters)
+            return model, check(model, reference=reference, layers=layers), reference
         except (NotStackableError, UnsupportedError):
             pass
-    model = _export(torch_model, layers, architecture, None)
-    return model, check(model)
+    model = _export(torch_model, layers, source.architecture, parameters)
+    return model, check(model, reference=reference, layers=layers), reference
 
 
-def _export(torch_model: Any, layers: tuple[Layer, ...], architecture: str, stack: Stack | None) -> ir.Model:
-    parameters = {name: tensor.detach().numpy() for name, tensor in torch_model.state_dict(keep_vars=True).items()}
-    with shortened(torch_model, stack) if stack is not None else contextlib.nullcontext():
-        head = DecoderHead(torch_model, layers if stack is None else layers[: stack.traced]).eval()
-        model = _trace(head, architecture)
+def _export(torch_model: Any, layers: tuple[Layer, ...], architecture: str, parameters: Parameters) -> ir.Model:
+    """Trace the layers that the model has now, and give the graph the names of ``parameters``."""
+    head = DecoderHead(torch_model, layers).eval()
+    model = _trace(head, architecture)
     tidy(model, PREFIX, head.output_names, parameters)
-    if stack is not None:
-        repeat_layers(model, stack, parameters)
     _read_extents_of_ids(model)
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def check_decoder(
 
     Args:
         model: The graph.
-        reference: The torch model, for prefills.
+        reference: The torch model, for prefills; asked before the graph is loaded.
         layers: What the graph's attention layers are.
         limits: Ids the model knows, and tokens it takes.
         seed: Of the token ids.
@@ -49,33 +50,64 @@ def check_decoder(
         UnsupportedError: They differ by more than rounding.
     """
     tolerance = rounding_tolerance(model)
+    cases = list(_cases(limits, seed))
+    # Before there is a session, so that the weights of both are never in memory together.
+    answers = [reference(case.feeds)["logits"] for case in cases]
     session = _session(model, name)
-    vocabulary, context = limits
-    generator = np.random.default_rng(seed)
     worst = 0.0
-    for longest in ((14, 6, 1), (_LONGEST,)):
-        prompts = np.minimum(np.asarray(longest, np.int64), max(context - _STEPS, 1))
-        steps = min(_STEPS, context - int(prompts.max()))
-        ids = generator.integers(0, vocabulary, (len(prompts), int(prompts.max()) + steps))
-        index = np.linspace(0, prompts - 1, _POSITIONS, axis=1).astype(np.int64)
-        later = prompts[:, None] + np.arange(steps)
-        feeds = _prompt(ids, prompts + steps, np.concatenate([index, later], axis=1))
-        wanted = reference(feeds)["logits"]
-        buffers = _Buffers(session, layers, len(prompts), ids.shape[1] + 1)
+    for case, wanted in zip(cases, answers, strict=True):
+        buffers = _Buffers(session, layers, len(case.prompts), case.ids.shape[1] + 1)
         with _told(name):
-            got = [buffers.run(_prompt(ids, prompts, index))]
-            for step in range(steps):
-                token = np.take_along_axis(ids, later[:, step : step + 1], axis=1)
-                got.append(buffers.run(step_feeds(token, prompts + step, np.zeros_like(token))))
+            got = [buffers.run(_prompt(case.ids, case.prompts, case.index))]
+            for step in range(case.steps):
+                token = np.take_along_axis(case.ids, case.later[:, step : step + 1], axis=1)
+                got.append(buffers.run(step_feeds(token, case.prompts + step, np.zeros_like(token))))
         error = relative_error(np.concatenate(got, axis=1), wanted)
         if not error <= tolerance:
             raise UnsupportedError(
                 f"the exported graph of {name} differs from torch by {error:.1e} for prompts of "
-                f"{', '.join(map(str, prompts))} tokens and {steps} more (allowed {tolerance:.1e})",
+                f"{', '.join(map(str, case.prompts))} tokens and {case.steps} more (allowed {tolerance:.1e})",
                 "Please report the architecture",
             )
         worst = max(worst, error)
     return worst
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Rows that are read as a prompt, then token by token.
+
+    Attributes:
+        ids: All tokens, ``[rows, columns]``.
+        prompts: Tokens of each row's prompt, ``[rows]``.
+        index: Positions of the prompt that get logits, ``[rows, positions]``.
+        steps: Tokens that come after it, one by one.
+    """
+
+    ids: NDArray[np.int64]
+    prompts: NDArray[np.int64]
+    index: NDArray[np.int64]
+    steps: int
+
+    @property
+    def later(self) -> NDArray[np.int64]:
+        """Positions of what comes after the prompt, ``[rows, steps]``."""
+        return self.prompts[:, None] + np.arange(self.steps)
+
+    @property
+    def feeds(self) -> Feeds:
+        """All of it as one prompt."""
+        return _prompt(self.ids, self.prompts + self.steps, np.concatenate([self.index, self.later], axis=1))
+
+
+def _cases(limits: tuple[int, int], seed: int) -> Iterator[_Case]:
+    vocabulary, context = limits
+    generator = np.random.default_rng(seed)
+    for longest in ((14, 6, 1), (_LONGEST,)):
+        prompts = np.minimum(np.asarray(longest, np.int64), max(context - _STEPS, 1))
+        steps = min(_STEPS, context - int(prompts.max()))
+        ids = generator.integers(0, vocabulary, (len(prompts), int(prompts.max()) + steps))
+        yield _Case(ids, prompts, np.linspace(0, prompts - 1, _POSITIONS, axis=1).astype(np.int64), steps)
 
 
 def _prompt(ids: NDArray[np.int64], lengths: NDArray[np.int64], index: NDArray[np.int64]) -> Feeds:

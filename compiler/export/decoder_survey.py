@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from artifacts.errors import UnsupportedError
+from artifacts.errors import SourceError, UnsupportedError
 
 from ..decoders import named_refusal
 from ..quiet import quiet
@@ -48,7 +48,7 @@ def decoder_refusal(config: Mapping[str, object], architecture: str) -> str:
             return f"config.json makes no {architecture}: {first_line(error)}"
     try:
         survey(complete, architecture)
-    except UnsupportedError as error:
+    except SourceError as error:
         return error.what
     return ""
 
@@ -62,6 +62,7 @@ def survey(config: Any, architecture: str) -> tuple[Layer, ...]:
 
     Raises:
         UnsupportedError: GroupQueryAttention does not express it, or the architecture is no causal decoder.
+        SourceError: The config is of another architecture.
     """
     if reason := named_refusal(config.to_dict()):
         raise UnsupportedError(f"{architecture} {reason}", REMEDY)
@@ -72,7 +73,7 @@ def survey(config: Any, architecture: str) -> tuple[Layer, ...]:
     except SurveyRefusedError as error:
         raise UnsupportedError(f"{architecture} {error}", REMEDY) from error
     except LOADING_FAILURES as error:
-        raise UnsupportedError(_reason(config, architecture, error), REMEDY) from error
+        raise _failure(config, architecture, error) from error
     count = int(config.num_hidden_layers)
     if sorted(notes.layers) != list(range(count)):
         what = f"uses transformers' attention interface in {len(notes.layers)} of {count} layers"
@@ -89,13 +90,22 @@ def _run(config: Any, architecture: str, changed: Callable[[Any], contextlib.Abs
             model(input_ids=ids, attention_mask=ids + 1, position_ids=ids, use_cache=False)
 
 
-def _reason(config: Any, architecture: str, error: BaseException) -> str:
+def _failure(config: Any, architecture: str, error: BaseException) -> SourceError:
     """Whose fault an error of the survey is: the attention's, where the architecture runs with its own."""
     try:
         _run(config, architecture, lambda _: contextlib.nullcontext())
     except LOADING_FAILURES:
-        return f"{architecture} does not run by its config: {first_line(error)}"
-    return f"{architecture} does not use transformers' attention interface"
+        stated, own = str(config.model_type), _model_type(architecture)
+        if own not in ("", stated):
+            what = f"architectures and model_type of config.json do not belong together: {architecture} is of {own}"
+            return SourceError(f"{what}, not of {stated}", "Put the config.json of the weights beside them")
+        return UnsupportedError(f"{architecture} does not run by its config: {first_line(error)}", REMEDY)
+    return UnsupportedError(f"{architecture} does not use transformers' attention interface", REMEDY)
+
+
+def _model_type(architecture: str) -> str:
+    """The model_type that an architecture is made for; empty where its class does not say."""
+    return str(getattr(getattr(transformers, architecture).config_class, "model_type", ""))
 
 
 def _without_weights(config: Any, architecture: str) -> Any:

@@ -7,8 +7,9 @@ with other weights. The graph that comes out is held against torch like every ot
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ _WORTH = 0.6
 _NUMBERS = ("layer_idx", "layer_id")
 
 Parameters = Mapping[str, NDArray[Any]]
+Twin = Callable[[ir.TensorProtocol, str, str], ir.TensorProtocol | None]
+"""``twin(tensor, path, other)``: the tensor that is of the parameter ``other`` what ``tensor`` is of ``path``; None
+where that is a copy, so that nobody knows what was done to it."""
 
 
 class NotStackableError(ValueError):
@@ -44,6 +48,11 @@ class Stack:
     path: str
     templates: tuple[int, ...]
     traced: int
+
+    def shortest(self) -> Stack:
+        """The first layers only: as many as it takes to have a copy of each template."""
+        last = max(self.templates.index(template, self.traced) for template in set(self.templates[self.traced :]))
+        return Stack(self.path, self.templates[: last + 1], self.traced)
 
 
 def plan_stack(model: torch.nn.Module, layers: Sequence[Layer]) -> Stack | None:
@@ -86,31 +95,34 @@ def _settings(module: torch.nn.Module) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def shortened(model: Any, stack: Stack) -> Iterator[None]:
-    """Within the block, the model has only the layers that are traced."""
+def shortened(model: Any, stack: Stack, count: int | None = None) -> Iterator[None]:
+    """Within the block, the model has only its first ``count`` layers; those that are traced by default."""
     parent, _, name = stack.path.rpartition(".")
-    owner, count = model.get_submodule(parent), model.config.num_hidden_layers
+    owner, depth = model.get_submodule(parent), model.config.num_hidden_layers
     whole = getattr(owner, name)
-    setattr(owner, name, whole[: stack.traced])
-    model.config.num_hidden_layers = stack.traced
+    kept = stack.traced if count is None else count
+    setattr(owner, name, whole[:kept])
+    model.config.num_hidden_layers = kept
     try:
         yield
     finally:
         setattr(owner, name, whole)
-        model.config.num_hidden_layers = count
+        model.config.num_hidden_layers = depth
 
 
-def repeat_layers(model: ir.Model, stack: Stack, parameters: Parameters) -> None:
+def repeat_layers(model: ir.Model, stack: Stack, parameters: Parameters, twin: Twin | None = None) -> None:
     """Give a graph of the traced layers all of them, in place.
 
     Args:
         model: The graph, its weights named by module path.
         stack: Which layers stand for which.
         parameters: All parameters of the torch model.
+        twin: How a weight of the graph becomes that of another layer. None: they share the memory of the parameters.
 
     Raises:
         NotStackableError: A layer hands on more than its hidden states, or a weight went into a constant.
     """
+    twin = partial(_in_memory, parameters) if twin is None else twin
     blocks = [_nodes_of(model, f"{stack.path}.{index}") for index in range(stack.traced)]
     outputs = [_handed_on(model, blocks, index) for index in range(stack.traced)]
     hidden, end = outputs[-1], blocks[-1][-1]
@@ -118,7 +130,8 @@ def repeat_layers(model: ir.Model, stack: Stack, parameters: Parameters) -> None
     for index in range(stack.traced, len(stack.templates)):
         template = stack.templates[index]
         mapping = {outputs[template - 1]: hidden, **_cache(model, template, index)}
-        copies = _Copies(model, (f"{stack.path}.{template}", f"{stack.path}.{index}"), parameters, mapping)
+        paths = f"{stack.path}.{template}", f"{stack.path}.{index}"
+        copies = _Copies(model, paths, parameters, twin, mapping)
         nodes = [copies.node(node) for node in blocks[template]]
         copies.check_complete()
         model.graph.insert_after(end, nodes)
@@ -178,11 +191,17 @@ class _Copies:
     """Copies of a template's nodes with the weights of another layer."""
 
     def __init__(
-        self, model: ir.Model, paths: tuple[str, str], parameters: Parameters, mapping: dict[ir.Value, ir.Value]
+        self,
+        model: ir.Model,
+        paths: tuple[str, str],
+        parameters: Parameters,
+        twin: Twin,
+        mapping: dict[ir.Value, ir.Value],
     ) -> None:
         self._model = model
         self._old, self._new = paths
         self._parameters = parameters
+        self._twin = twin
         self._mapping = mapping
         self._needed = {name for name in parameters if name.startswith(f"{self._old}.")}
 
@@ -241,14 +260,20 @@ class _Copies:
         return value
 
     def _weight(self, value: ir.Value, path: str) -> ir.Value:
-        if value.const_value is None or str(value.name) not in self._parameters or path not in self._parameters:
-            raise NotStackableError(f"{value.name} is no parameter")
-        stored, own, other = value.const_value.numpy(), self._parameters[str(value.name)], self._parameters[path]
-        if not np.shares_memory(stored, own):
-            raise NotStackableError(f"{value.name} is a copy")
-        if stored.strides != own.strides or stored.shape != own.shape:
-            other = other.T
-        tensor = ir.Tensor(other, name=path)
+        name = str(value.name)
+        if value.const_value is None or name not in self._parameters or path not in self._parameters:
+            raise NotStackableError(f"{name} is no parameter")
+        tensor = self._twin(value.const_value, name, path)
+        if tensor is None:
+            raise NotStackableError(f"{name} is a copy")
         new = ir.val(path, const_value=tensor)
         self._model.graph.register_initializer(new)
         return new
+
+
+def _in_memory(parameters: Parameters, tensor: ir.TensorProtocol, path: str, other: str) -> ir.TensorProtocol | None:
+    stored, own, array = tensor.numpy(), parameters[path], parameters[other]
+    if not np.shares_memory(stored, own):
+        return None
+    transposed = stored.strides != own.strides or stored.shape != own.shape
+    return ir.Tensor(array.T if transposed else array, name=other)

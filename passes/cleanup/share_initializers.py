@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from passes.base import Context, Effect, Outcome, Purpose
+from passes.deferred import DeferredTensor
 
 _Key = tuple[ir.DataType, tuple[int, ...]]
 
@@ -38,13 +40,17 @@ class ShareInitializers:
 
 
 def _share(graph: ir.Graph, group: list[ir.Value]) -> int:
-    kept: dict[bytes, ir.Value] = {}
+    kept: dict[Hashable, ir.Value] = {}
     for value in group:
-        digest = hashlib.sha256()
-        if value.const_value is not None:
-            digest.update(value.const_value.tobytes())
-        first = kept.setdefault(digest.digest(), value)
+        first = kept.setdefault(_content(value.const_value), value)
         if first is not value:
             value.replace_all_uses_with(first)
             graph.initializers.pop(str(value.name))
     return len(group) - len(kept)
+
+
+def _content(tensor: ir.TensorProtocol | None) -> Hashable:
+    """Equal for equal bytes. What is deferred is not read: it is the same where it is made of the same."""
+    if isinstance(tensor, DeferredTensor):
+        return tensor.key
+    return hashlib.sha256(b"" if tensor is None else tensor.tobytes()).digest()

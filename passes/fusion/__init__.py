@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .absorb_norm import AbsorbNorm
+from .fold_batch_norm import FoldBatchNorm
 from .fold_scale import FoldScale
 from .fuse_attention import FuseAttention
 from .fuse_bias_gelu import FuseBiasGelu
@@ -21,6 +22,7 @@ from .unfuse_attention import UnfuseAttention
 
 __all__ = [
     "AbsorbNorm",
+    "FoldBatchNorm",
     "FoldScale",
     "FuseAttention",
     "FuseBiasGelu",

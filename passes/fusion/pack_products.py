@@ -10,8 +10,9 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from passes.affine import Affine, affine_of, matrix_of, read_only_by
+from passes.affine import Affine, affine_of, read_only_by
 from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.deferred import side_by_side
 from passes.sites import constant_of, linear_sites
 from passes.splice import Names, add_constant, label, new_value, take_place
 from passes.surgery import build, copy_path, opset, remove_dead
@@ -84,9 +85,8 @@ def _reason_against_opset(model: ir.Model) -> str:
 
 def _pack(graph: ir.Graph, names: Names, members: Sequence[Affine]) -> None:
     site = members[0].site
-    weight = np.concatenate([matrix_of(member.site) for member in members], axis=1)
-    base, dtype = str(site.output.name), ir.DataType.from_numpy(weight.dtype)
-    held = add_constant(graph, names.fresh(f"{site.weight.name}.packed"), np.ascontiguousarray(weight))
+    held = _side_by_side(graph, names.fresh(f"{site.weight.name}.packed"), members)
+    base, dtype = str(site.output.name), held.dtype
     source = site.node.inputs[0]
     nodes = [build("MatMul", [source, held], like=site.node, name=names.fresh(f"{base}.packed"), dtype=dtype)]
     biases = [tensor.numpy() for member in members if (tensor := constant_of(member.bias)) is not None]
@@ -96,6 +96,17 @@ def _pack(graph: ir.Graph, names: Names, members: Sequence[Affine]) -> None:
         nodes.append(build("Add", [nodes[0].outputs[0], bias], like=site.node, name=name, dtype=dtype))
     graph.insert_before(site.node, nodes)
     _split(graph, names, nodes, [member.output for member in members], [member.site.shape[1] for member in members])
+
+
+def _side_by_side(graph: ir.Graph, name: str, members: Sequence[Affine]) -> ir.Value:
+    """The weights of the members as one initializer."""
+    found = [(constant_of(member.site.weight), member.site.transposed) for member in members]
+    tensor = side_by_side([(tensor, transposed) for tensor, transposed in found if tensor is not None])
+    tensor.name = name
+    value = new_value(name, tensor.dtype, ir.Shape(tensor.shape.numpy()))
+    value.const_value = tensor
+    graph.register_initializer(value)
+    return value
 
 
 def _pack_blocks(graph: ir.Graph, names: Names, nodes: Sequence[ir.Node]) -> None:

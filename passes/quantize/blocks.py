@@ -134,7 +134,8 @@ def cut(weight: Floats, block: int) -> Floats:
 
 def encode(blocks: Floats, steps: Steps, grid: Grid) -> Codes:
     """The nearest code of each element, uint8 of the shape of ``blocks [..., B]``; ``steps`` are ``[...]``."""
-    places = np.rint(blocks / steps.scale[..., None])
+    places = blocks / steps.scale[..., None]
+    np.rint(places, out=places)
     places += steps.zero[..., None]
     codes: Codes = np.clip(places, 0, grid.top, out=places).astype(np.uint8)
     return codes

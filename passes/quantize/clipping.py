@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .arithmetic import Floats
-from .blocks import Grid, Steps, encode, nearest_steps, safe
+from .blocks import Grid, Steps, nearest_steps, safe
 
 _PARTS = tuple(float(part) for part in np.linspace(1.0, 0.5, 13))
 """Parts of the full range that are tried for 2 and 4 bits."""
@@ -34,8 +34,9 @@ def clipped_steps(blocks: Floats, grid: Grid, importance: Floats | None = None) 
     """
     best = nearest_steps(blocks, grid)
     most = np.full(best.scale.shape, -1, np.float32)
+    room = np.empty_like(blocks)
     for steps in _candidates(blocks, grid):
-        explained, scale = _fit(blocks, steps, grid, importance)
+        explained, scale = _fit(blocks, steps, grid, importance, room)
         better = explained > most
         most = np.where(better, explained, most)
         best = Steps(np.where(better, scale, best.scale), np.where(better, steps.zero, best.zero))
@@ -44,7 +45,7 @@ def clipped_steps(blocks: Floats, grid: Grid, importance: Floats | None = None) 
 
 def refitted(blocks: Floats, steps: Steps, grid: Grid) -> Steps:
     """The scale that suits the codes of the blocks best; their zero stays."""
-    return Steps(_fit(blocks, steps, grid, None)[1], steps.zero)
+    return Steps(_fit(blocks, steps, grid, None, np.empty_like(blocks))[1], steps.zero)
 
 
 def _candidates(blocks: Floats, grid: Grid) -> Iterator[Steps]:
@@ -63,9 +64,16 @@ def _candidates(blocks: Floats, grid: Grid) -> Iterator[Steps]:
             yield Steps(scale, np.clip(np.rint(-bottom / scale), 0, grid.top).astype(np.float32))
 
 
-def _fit(blocks: Floats, steps: Steps, grid: Grid, importance: Floats | None) -> tuple[Floats, Floats]:
-    """How much of ``<w, w>`` the codes of these steps explain at their best scale, and that scale; both [...]."""
-    centred = encode(blocks, steps, grid) - steps.zero[..., None]
+def _fit(blocks: Floats, steps: Steps, grid: Grid, importance: Floats | None, room: Floats) -> tuple[Floats, Floats]:
+    """How much of ``<w, w>`` the codes of these steps explain at their best scale, and that scale; both [...].
+
+    ``room`` is of the shape of ``blocks`` and is overwritten: memory that is new for each candidate would cost more
+    than what is computed in it.
+    """
+    centred = np.rint(np.divide(blocks, steps.scale[..., None], out=room), out=room)
+    # The codes less their zero: those are what `encode` gives.
+    low = -float(grid.middle) if grid.symmetric else -steps.zero[..., None]
+    centred = np.clip(centred, low, low + grid.top, out=room)
     weighted = centred if importance is None else centred * importance
     square = np.einsum("...b,...b->...", weighted, centred)
     product = np.einsum("...b,...b->...", weighted, blocks)

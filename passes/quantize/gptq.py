@@ -12,12 +12,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from passes.second_order import damped, feedback
+
 from .arithmetic import Doubles, Floats
 from .blocks import Codes, Grid, QuantizedBlocks, Steps, assemble, cut, safe
 from .clipping import clipped_steps
 
-DAMPING = 0.01
-"""Part of the mean of H's diagonal that is added to it, as in the paper."""
+SPARSE = 0.25
+"""Part of a weight that is exactly 0 from which on its zeros are taken to be meant, and stay."""
+
+Kept = NDArray[np.bool_]
 
 _PANEL = 128
 """Rows that are worked on together before the rest is touched."""
@@ -32,7 +36,8 @@ def gptq(weight: Floats, second: Doubles, grid: Grid, *, ordered: bool = False, 
 
     Without ``ordered`` the steps of a block are chosen when its first row is reached, for what its rows then are. With
     it rows of large ``H_kk`` are rounded first (act-order) and the steps are chosen before, since blocks stay where
-    they are in the weight. Then `refit` and `descend` follow, which only lower the error.
+    they are in the weight. Then `refit` and `descend` follow, which only lower the error. Of a weight of many zeros, as
+    pruning leaves it (`SPARSE`), the zeros stay: every grid holds them exactly.
 
     Args:
         weight: float32 [K, N], finite.
@@ -54,45 +59,22 @@ def gptq(weight: Floats, second: Doubles, grid: Grid, *, ordered: bool = False, 
     codes = np.empty((*shape, grid.block), np.uint8)
     scale, zero = np.empty(shape, np.float32), np.empty(shape, np.float32)
     width = max(1, _ELEMENTS // len(moment))
+    sparse = np.count_nonzero(weight) <= (1 - SPARSE) * weight.size
     for start in range(0, len(codes), width):
         part = slice(start, start + width)
         blocks = cut(weight[:, part], grid.block)
-        found, steps = _rounded(blocks, upper, np.diagonal(moment), order if ordered else None, grid)
+        kept = blocks.reshape(len(blocks), -1) != 0 if sparse else None
+        found, steps = _rounded(blocks, upper, np.diagonal(moment), order if ordered else None, grid, kept)
         for _ in range(sweeps):
             steps = refit(blocks, found, steps, moment)
-            found = descend(blocks, found, steps, moment, grid)
+            found = descend(blocks, found, steps, moment, grid, kept)
         if sweeps:
             steps = refit(blocks, found, steps, moment)
         codes[part], scale[part], zero[part] = found, steps.scale, steps.zero
     return assemble(codes, Steps(scale, zero), grid)
 
 
-def damped(second: Doubles, damping: float = DAMPING) -> Doubles:
-    """``H`` with a part of the mean of its diagonal added there, float64 [K, K]; the identity where H is 0."""
-    added = damping * float(np.trace(second)) / len(second)
-    matrix = np.array(second, np.float64)
-    matrix[np.diag_indices_from(matrix)] += added if added != 0 else 1.0
-    return matrix
-
-
-def feedback(second: Doubles) -> Floats:
-    """``U``, unit upper triangular with ``H = U D U^T``: how far the error of each row moves those after it.
-
-    Args:
-        second: H, float64 [K, K], positive definite.
-
-    Returns:
-        float32 [K, K].
-
-    Raises:
-        numpy.linalg.LinAlgError: H is not positive definite.
-    """
-    # The lower Cholesky factor of H read backwards, read backwards, is the upper one of H.
-    upper = np.linalg.cholesky(second[::-1, ::-1])[::-1, ::-1]
-    return np.asarray(upper / np.diagonal(upper), dtype=np.float32)
-
-
-def descend(blocks: Floats, codes: Codes, steps: Steps, moment: Floats, grid: Grid) -> Codes:
+def descend(blocks: Floats, codes: Codes, steps: Steps, moment: Floats, grid: Grid, kept: Kept | None = None) -> Codes:
     """Go over the codes once more, each put where the error ``e^T H e`` is least while the others stay.
 
     Args:
@@ -101,6 +83,7 @@ def descend(blocks: Floats, codes: Codes, steps: Steps, moment: Floats, grid: Gr
         steps: Of the blocks, [N, C].
         moment: H, float32 [C * B, C * B], of positive diagonal.
         grid: What the codes are of.
+        kept: Elements whose codes may change, [N, C * B]; None for all.
 
     Returns:
         Codes of an error that is not larger but for the rounding of float32.
@@ -119,6 +102,8 @@ def descend(blocks: Floats, codes: Codes, steps: Steps, moment: Floats, grid: Gr
             at = start + k
             wanted = places[:, at] + slope[:, at] / (inside[k, k] * scale[:, at])
             code = np.clip(np.rint(wanted), 0, grid.top)
+            if kept is not None:
+                code = np.where(kept[:, at], code, places[:, at])
             moved[:, k] = (code - places[:, at]) * scale[:, at]
             places[:, at] = code
             slope[:, at + 1 : start + moved.shape[1]] -= moved[:, k, None] * inside[k, k + 1 :]
@@ -151,7 +136,12 @@ def refit(blocks: Floats, codes: Codes, steps: Steps, moment: Floats) -> Steps:
 
 
 def _rounded(
-    blocks: Floats, upper: Floats, importance: Floats, order: NDArray[np.intp] | None, grid: Grid
+    blocks: Floats,
+    upper: Floats,
+    importance: Floats,
+    order: NDArray[np.intp] | None,
+    grid: Grid,
+    kept: Kept | None,
 ) -> tuple[Codes, Steps]:
     """The rounding with feedback itself; the steps chosen on the way, or before where there is an order."""
     columns, _, size = blocks.shape
@@ -172,9 +162,13 @@ def _rounded(
         for k, place in enumerate(panel):
             block = place // size
             if chosen is None and k % size == 0:
-                steps = clipped_steps(target[:, k : k + size], grid, weights[block])
+                met = target[:, k : k + size]
+                met = met if kept is None else np.where(kept[:, start + k : start + k + size], met, np.float32(0))
+                steps = clipped_steps(met, grid, weights[block])
                 scale[:, block], zero[:, block] = steps.scale, steps.zero
             code = np.clip(np.rint(target[:, k] / scale[:, block]) + zero[:, block], 0, grid.top)
+            if kept is not None:
+                code = np.where(kept[:, place], code, zero[:, block])
             codes[:, place] = code
             error = flat[:, place] - (code - zero[:, block]) * scale[:, block]
             errors[:, start + k] = error

@@ -13,12 +13,12 @@ from passes.surgery import is_operator
 
 from .linear import Selection
 from .operands import Operators, Step, of_activations, read_integers
-from .range_options import check_range_options
+from .range_options import RangeOptions
 from .ranges import Range
 
 
 @dataclass(frozen=True)
-class Int8Additions:
+class Int8Additions(RangeOptions):
     """Let the sums of two activations read 8-bit integers: each operand quantized and back, ranges from calibration.
 
     | before    | after |
@@ -43,13 +43,8 @@ class Int8Additions:
     effect: ClassVar[Effect] = Effect.LOSSY
     purpose: ClassVar[Purpose] = Purpose.SPEED
 
-    ranges: str = "mse"
-    percentile: float = 99.99
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_range_options(self.ranges, self.percentile)
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Rewrite the sums of ``model`` in place. Operands quantized once stay as they are: a rerun changes 0."""

@@ -14,12 +14,12 @@ from passes.surgery import is_operator
 from .arithmetic import FULL_RANGE
 from .linear import Selection
 from .operands import Operators, Step, of_activations, read_integers
-from .range_options import check_range_options
+from .range_options import RangeOptions
 from .ranges import Range
 
 
 @dataclass(frozen=True)
-class Int8Products:
+class Int8Products(RangeOptions):
     """Let the products of two activations run in int8: each operand quantized and back, with a range from calibration.
 
     | before       | after |
@@ -44,13 +44,8 @@ class Int8Products:
     effect: ClassVar[Effect] = Effect.LOSSY
     purpose: ClassVar[Purpose] = Purpose.SPEED
 
-    ranges: str = "mse"
-    percentile: float = 99.99
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_range_options(self.ranges, self.percentile)
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Rewrite the products of ``model`` in place. Operands quantized once stay as they are: a rerun changes 0."""

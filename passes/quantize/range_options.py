@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from .ranges import METHODS
 
 
-def check_range_options(ranges: str, percentile: float, *more: str) -> None:
-    """Hold the options to what they may be.
+@dataclass(frozen=True)
+class RangeOptions:
+    """Base of the passes that quantize activations of known range.
 
-    Args:
-        ranges: One of `passes.quantize.ranges.METHODS`.
-        percentile: Percent of the values to keep inside.
-        more: Further ways that the pass knows.
+    Attributes:
+        methods: What ``ranges`` may be.
+        ranges: How a range is chosen: absmax, percentile, mse or entropy. See `passes.quantize.ranges`.
+        percentile: Percent of the values that the percentile method keeps inside.
 
     Raises:
-        ValueError: One of them is something else.
+        ValueError: An option is something else.
     """
-    known = (*METHODS, *more)
-    if ranges not in known:
-        raise ValueError(f"ranges is {ranges!r}, not one of {', '.join(known)}")
-    if not 0.0 < percentile <= 100.0:
-        raise ValueError(f"percentile is {percentile}, not in (0, 100]")
+
+    methods: ClassVar[tuple[str, ...]] = METHODS
+
+    ranges: str = "mse"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if self.ranges not in self.methods:
+            raise ValueError(f"ranges is {self.ranges!r}, not one of {', '.join(self.methods)}")
+        if not 0.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile is {self.percentile}, not in (0, 100]")

@@ -18,15 +18,15 @@ from passes.surgery import MICROSOFT, build, needed, opset, require_microsoft
 
 from .arithmetic import Floats
 from .linear import Ending, Int8Weights, Selection, choose_sites, ending, put_in, weight_of
-from .range_options import check_range_options
-from .ranges import OUTPUT, Range, clipping_range, is_constant, median_output_error, output_range
+from .range_options import RangeOptions
+from .ranges import METHODS, OUTPUT, Range, clipping_range, is_constant, median_output_error, output_range
 
 _FIRST_OPSET = 13
 """The opset in which DequantizeLinear got an axis."""
 
 
 @dataclass(frozen=True)
-class StaticInt8:
+class StaticInt8(RangeOptions):
     """Quantize linear operators to int8 weights per output channel and uint8 inputs of a range fixed by calibration.
 
     | target   | before           | after |
@@ -63,17 +63,14 @@ class StaticInt8:
     name: ClassVar[str] = "static-int8"
     effect: ClassVar[Effect] = Effect.LOSSY
     purpose: ClassVar[Purpose] = Purpose.SIZE
+    methods: ClassVar[tuple[str, ...]] = (*METHODS, OUTPUT)
 
     ranges: str = "output"
-    percentile: float = 99.99
     correct_bias: bool = True
     reduce_range: bool = False
     integer_output: bool = False
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_range_options(self.ranges, self.percentile, OUTPUT)
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Rewrite the linear sites of ``model`` in place. Quantized sites are no sites any more: a rerun changes 0."""

@@ -128,8 +128,11 @@ def bench_decoder(
     check_numbers(batches, lengths, seconds, threads)
     shapes = _shapes(bundle, batches, lengths, new_tokens)
     found = compared(bundle, variant=variant, against=against, threads=threads, device=device, provider=provider)
+    chosen = bundle.variant(found.models[OURS][1].variant)
+    for batch, length in shapes:
+        check_memory(layout_of(bundle.manifest.inputs_of(chosen)), batch, length + new_tokens)
     load, peak, rounds = _measure(found, shapes, new_tokens, seconds)
-    touched = weight_bytes(bundle.path / bundle.variant(found.models[OURS][1].variant).model)
+    touched = weight_bytes(bundle.path / chosen.model)
     return DecoderReport(
         **found.facts(),
         rows=tuple(_row(shape, one, touched) for shape, one in zip(shapes, rounds, strict=True)),
@@ -153,8 +156,6 @@ def _shapes(bundle: Bundle, batches: Sequence[int], lengths: Sequence[int], new_
             f"prompts of {min(lengths)} tokens and {new_tokens} new ones are beyond the model's {processor.max_length}",
             "Give shorter --lengths, or fewer --new-tokens",
         )
-    for batch in batches:
-        check_memory(layout_of(bundle.manifest.inputs), batch, max(fitting) + new_tokens)
     return [(batch, length) for batch in batches for length in fitting]
 
 

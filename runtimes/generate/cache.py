@@ -37,7 +37,7 @@ class CacheLayout:
 
 
 def layout_of(inputs: Sequence[TensorSpec]) -> CacheLayout:
-    """The layout that the inputs of a decoder's manifest state, see docs/format.md."""
+    """The layout of the inputs of a decoder, see docs/format.md."""
     past = inputs[len(STEP_INPUTS) :]
     names = [pair for layer in range(len(past) // 2) for pair in cache_names(layer)]
     return CacheLayout(

@@ -11,11 +11,11 @@ from artifacts.errors import ProviderError
 from artifacts.manifest import TensorSpec
 from artifacts.signature import STEP_INPUTS
 
-from ..golden import Golden, relative_error
+from ..golden import Golden, check_golden, relative_error
 from ..session import Session
 from .cache import layout_of
 from .decoder import Decoder
-from .feeds import step_feeds
+from .feeds import fitted, step_feeds
 
 _TOKENS = 8
 
@@ -56,12 +56,21 @@ def written_error(session: Session, inputs: Sequence[TensorSpec], golden: Golden
     return relative_error(decoder.step([row[-1] for row in rows], [len(row) - 1 for row in rows]), wanted)
 
 
-def check_written(session: Session, inputs: Sequence[TensorSpec], golden: Golden, tolerance: float, who: str) -> None:
-    """Refuse a provider on which the cache does not work; see `written_error`.
+def check_decoder(session: Session, inputs: Sequence[TensorSpec], golden: Golden, tolerance: float, who: str) -> None:
+    """Refuse a provider that fails the golden test, or on which the cache does not work; see `written_error`.
+
+    Args:
+        session: The graph there.
+        inputs: That the manifest states of the graph.
+        golden: Its caches may be of another form, as those of another variant of the model are.
+        tolerance: Largest error of both tests.
+        who: What to call the provider.
 
     Raises:
-        ProviderError: It does not, or the session cannot run it.
+        ProviderError: It fails one, or the session cannot run it.
     """
+    golden = Golden(dict(fitted(golden.feeds, inputs)), golden.outputs)
+    check_golden(session, golden, tolerance, who)
     error = written_error(session, inputs, golden)
     if not error <= tolerance:
         raise ProviderError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.manifest import Manifest, TensorSpec
-from artifacts.signature import STEP_INPUTS
+from artifacts.signature import CACHE_PREFIXES, STEP_INPUTS, cache_names
 
 _HELD = 128
 
@@ -61,6 +61,41 @@ def cache_feeds(
             drawn = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 100, shape)
             found[spec.name] = drawn.astype(dtype)
     return found
+
+
+def fitted(feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec]) -> Mapping[str, NDArray[Any]]:
+    """A decoder's feeds with each cache in the dtype and of the heads that a graph takes, and none that it does not.
+
+    What a cache holds counts only where it came out of the same graph, and then it fits: that of a first call holds
+    nothing of use, that of a timed step random numbers.
+
+    Args:
+        feeds: Inputs of a decoder, ``[batch, heads, capacity, width]`` for each cache. Those of another model stay.
+        inputs: Of the graph.
+    """
+    if cache_names(0)[0][0] not in feeds:
+        return feeds
+    taken, made = {spec.name: spec for spec in inputs}, dict[tuple[object, ...], NDArray[Any]]()
+    found: Arrays = {}
+    for name, array in feeds.items():
+        if not name.startswith(CACHE_PREFIXES):
+            found[name] = array
+        elif name in taken:
+            spec = taken[name]
+            found[name] = made.setdefault((id(array), spec.shape, spec.dtype), _fit(array, spec))
+    same = len(found) == len(feeds) and all(found[name] is array for name, array in feeds.items())
+    return feeds if same else found
+
+
+def _fit(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+    if len(spec.shape) != 4 or array.ndim != 4:
+        return array
+    _, heads, _, width = spec.shape
+    if array.shape[3] != width and isinstance(heads, int) and isinstance(width, int):
+        return np.zeros((array.shape[0], heads, array.shape[2], width), spec.dtype)
+    if array.shape[1] != heads and isinstance(heads, int):
+        array = np.ascontiguousarray(array[:, np.arange(heads) % array.shape[1]])
+    return array if array.dtype == spec.dtype else array.astype(spec.dtype)
 
 
 def random_feeds(

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from artifacts.bundle import Bundle, open_bundle
 from artifacts.errors import ProviderError
+from artifacts.manifest import TensorSpec
 
 from ..answers import Reply, answer, protect_stdout
 from ..session import Session
@@ -46,6 +47,7 @@ class Timer:
         self._bundle: Bundle | None = None
         self._session: Session | None = None
         self._vocabulary: Vocabulary | None = None
+        self._inputs: tuple[TensorSpec, ...] = ()
 
     def answer(self, request: Mapping[str, Any]) -> Reply:
         """The reply to one request; an error of hasten's becomes ``{"ok": false}``."""
@@ -67,7 +69,7 @@ class Timer:
             model, request["provider"], options=options, device=request["device"], threads=request["threads"]
         )
         self._vocabulary = Vocabulary(Tokenizer.from_file(str(bundle.path / processor.tokenizer)))
-        self._bundle = bundle
+        self._bundle, self._inputs = bundle, bundle.manifest.inputs_of(variant)
         return {"seconds": time.perf_counter() - begin}
 
     def _time(self, request: Mapping[str, Any]) -> Reply:
@@ -103,7 +105,7 @@ class Timer:
         loaded, _ = self._loaded()
         if self._session is None:
             raise ProviderError("no model was loaded into this process")
-        layout = layout_of(loaded.manifest.inputs)
+        layout = layout_of(self._inputs)
         check_memory(layout, rows, capacity)
         size = int(loaded.manifest.outputs[0].shape[2])
         return Decoder(self._session, layout, size, rows=rows, capacity=capacity)

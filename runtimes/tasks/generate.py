@@ -59,7 +59,7 @@ class Generator(Task):
         self.generation = manifest.generation
         self.encoder = PromptEncoder(bundle.path / manifest.processor.tokenizer, manifest.generation.bos)
         self.vocabulary = int(manifest.outputs[0].shape[2])
-        self.layout = layout_of(manifest.inputs)
+        self.layout = layout_of(session.inputs)
 
     @property
     def context(self) -> int:

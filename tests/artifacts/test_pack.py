@@ -6,13 +6,14 @@ import io
 import os
 import tarfile
 
+import numpy as np
 import pytest
 import zstandard
-from bundle_builders import leftovers, members_of, names, tar_of, tree, write_bundle
+from bundle_builders import a_manifest, a_proof, leftovers, members_of, names, stage, tar_of, tree, write_bundle
 
-from artifacts.bundle import open_bundle
-from artifacts.errors import IntegrityError, OutputError, PackError
-from artifacts.pack import pack, unpack
+from artifacts.bundle import BundleWriter, WeightStore, open_bundle
+from artifacts.errors import BundleError, IntegrityError, OutputError, PackError
+from artifacts.pack import measure, pack, unpack
 from artifacts.ustar import header_of
 
 
@@ -95,6 +96,40 @@ def test_what_would_be_taken_for_a_bomb_is_not_packed(tmp_path):
     with pytest.raises(PackError, match="bomb"):
         pack(tmp_path / "out", tmp_path / "a.hasten")
     assert names(tmp_path) == ["out"]
+
+
+def test_what_packing_saves(tmp_path):
+    bundle = write_bundle(tmp_path / "out")
+    pack(tmp_path / "out", tmp_path / "a.hasten")
+    found = measure(bundle, tmp_path / "a.hasten")
+    files = tree(tmp_path / "out")
+    weights = b"".join(data for path, data in files.items() if path.startswith("weights/"))
+    assert (found.size, found.weights) == (sum(map(len, files.values())), len(weights))
+    assert found.zeros == weights.count(0)
+    assert found.packed == (tmp_path / "a.hasten").stat().st_size
+    with pytest.raises(BundleError, match="cannot be read"):
+        measure(bundle, tmp_path / "absent.hasten")
+
+
+@pytest.mark.parametrize(("kind", "most"), [(np.int8, 0.72), (np.float32, 0.62)])
+def test_zeros_are_not_stored(tmp_path, kind, most):
+    """Half a million elements of a normal distribution, half of them pruned, against all of them."""
+    generator = np.random.default_rng(0)
+    dense = (generator.normal(size=1 << 19) * 28).clip(-127, 127).astype(kind)
+    pruned = np.where(np.abs(dense) < np.median(np.abs(dense)), 0, dense).astype(kind)
+    sizes = []
+    for name, weight in (("dense", dense), ("pruned", pruned)):
+        with BundleWriter(tmp_path / name) as writer:
+            held = WeightStore(writer.staging / "weights").put(weight.tobytes()).path
+            bundle = writer.commit(a_manifest((held, *stage(writer, "x"))), a_proof(), ("report.html",))
+        packed = tmp_path / f"{name}.hasten"
+        pack(tmp_path / name, packed)
+        found = measure(bundle, packed)
+        sizes.append(found.packed)
+        unpack(packed, tmp_path / f"{name}-again")
+        assert tree(tmp_path / f"{name}-again") == tree(tmp_path / name)
+    assert found.zeros / found.weights > 0.45
+    assert sizes[1] < most * sizes[0]
 
 
 def test_unpacking_over_something(tmp_path):

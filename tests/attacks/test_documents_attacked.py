@@ -492,6 +492,34 @@ def test_m10_outputs_of_a_decoder():
         refuse(document, f"outputs: .*{match}")
 
 
+def test_m11_cache_of_a_variant():
+    own = [dict(spec, dtype="int8") for spec in a_decoder_document()["inputs"][5:]]
+    for cache in (own, own[:2]):
+        document = a_decoder_document()
+        document["variants"][0]["cache"] = cache
+        parsed = Manifest.parse(json.dumps(document).encode())
+        variant = parsed.variants[0]
+        assert [spec.dtype for spec in parsed.inputs_of(variant)[5:]] == ["int8"] * len(cache)
+        assert parsed.inputs_of(variant)[:5] == parsed.inputs[:5]
+        assert Manifest.parse(parsed.to_json()) == parsed
+    for cache, match in (
+        (None, "the key is left out"),
+        ([], "pair of key and value"),
+        (own[:1], "pair of key and value"),
+        (swapped(own, 0, 1), "'past_key_values.0.value' stands where past_key_values.0.key"),
+        ([own[0], dict(own[1], dtype="float64")], "past_key_values.0.value is float64"),
+        ([dict(own[0], shape=["batch", "heads", "capacity", 8]), own[1]], "are numbers"),
+        ([{"name": own[0]["name"]}], "'dtype' is missing"),
+        ("int8", "has the wrong type"),
+    ):
+        document = a_decoder_document()
+        document["variants"][0]["cache"] = cache
+        refuse(document, rf"variants\[0\].cache.*{match}")
+    document = a_document()
+    document["variants"][0]["cache"] = own
+    refuse(document, r"variants\[0\].cache: the task text-classification has no KV cache")
+
+
 def test_the_errors_are_of_the_tree():
     assert SchemaError.exit_code == IntegrityError.exit_code == 6
     with pytest.raises(SchemaError) as raised:

@@ -308,7 +308,7 @@ def test_bench(place: Path) -> None:
     assert 10e3 < report["weight_bytes"] < 200e3
     assert report["against"] == f"{place / 'base'}: cpu-fp32 on cpu"
     shown = ok(warm("bench", place / "talk", *quick)).out
-    for part in ("batch × prompt", "decode tok/s", "1 × 16", "GB/s", "of memory"):
+    for part in ("batch × prompt", "prefill", "tok/s", "1 × 16", "GB/s", "of memory"):
         assert part in shown, part
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_profile_shows_the_kernels(tiny_bundle: Bundle) -> None:
 def test_tune_keeps_what_it_finds(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HASTEN_CACHE_DIR", str(tmp_path))
     shown = ok(warm("tune", tiny_bundle.path, "--seconds", "0.01")).out
-    assert "from now on:" in shown
+    assert re.search(r"^from now on: \d+ threads?, .*tokens a batch$", shown, re.MULTILINE), shown
+    assert "Settings(" not in shown
     report = json.loads(ok(warm("tune", tiny_bundle.path, "--seconds", "0.01", "--json")).out)
     assert report["variant"] == "cpu-int8"
     assert report["settings"]["tuned"] is True

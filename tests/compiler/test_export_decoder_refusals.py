@@ -50,6 +50,16 @@ def test_refused_by_the_config_without_torch(config: dict[str, object], reason: 
         ({"model_type": "xlnet", "d_model": 32, "n_layer": 1, "n_head": 4}, "XLNetLMHeadModel", "no position_ids"),
         ({"model_type": "diffllama", **TINY}, "DiffLlamaForCausalLM", "more than once in layer 0"),
         ({"model_type": "llama", **TINY, "num_attention_heads": 5}, "LlamaForCausalLM", "makes no LlamaForCausalLM"),
+        (
+            {"model_type": "bert", **TINY},
+            "GPT2LMHeadModel",
+            "do not belong together: GPT2LMHeadModel is of gpt2, not of bert",
+        ),
+        (
+            {"model_type": "gpt2"},
+            "LlamaForCausalLM",
+            "do not belong together: LlamaForCausalLM is of llama, not of gpt2",
+        ),
     ],
 )
 def test_refused_by_a_run_without_weights(config: dict[str, object], architecture: str, reason: str) -> None:

@@ -11,6 +11,7 @@ from builders import GraphBuilder, evaluate, random
 
 from artifacts.digest import sha256_file
 from compiler.graphs import EXTERNAL_FROM, GraphFolder
+from passes.deferred import DeferredTensor
 
 FEEDS = {"x": random(9, 3, 64)}
 
@@ -145,3 +146,64 @@ def test_weights_inside_a_branch_are_saved_too(tmp_path: Path) -> None:
     assert len(saved.weights) == 2
     session = ort.InferenceSession(saved.path, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run(None, {"flag": np.array(True)})[0], -random(1, 64, 64))
+
+
+class Source:
+    """Weights that wait elsewhere, and how often they were read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def defer(self, made: ir.Model) -> ir.Model:
+        """The same model, its matrices deferred."""
+        for value in made.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes >= EXTERNAL_FROM:
+                value.const_value = self._deferred(str(value.name), tensor.numpy())
+        return made
+
+    def _deferred(self, name: str, array: np.ndarray) -> DeferredTensor:
+        def make() -> np.ndarray:
+            self.count += 1
+            return array
+
+        return DeferredTensor(make, ir.DataType.FLOAT, array.shape, name, name)
+
+
+def test_a_graph_of_deferred_weights_is_written_when_somebody_asks_for_it(tmp_path: Path) -> None:
+    source, folder = Source(), GraphFolder(tmp_path)
+    made = source.defer(model())
+    saved = folder.save(made)
+    assert saved.pending
+    assert saved.size == 2 * EXTERNAL_FROM
+    assert not list(tmp_path.iterdir())
+    assert source.count == 0
+    path = saved.path
+    assert not saved.pending
+    assert source.count == 2
+    assert saved.size == path.stat().st_size + 2 * EXTERNAL_FROM
+    assert len(saved.weights) == 2
+    plain = GraphFolder(tmp_path / "other")
+    plain.path.mkdir()
+    assert plain.save(model()).path.read_bytes() == path.read_bytes()
+    assert isinstance(made.graph.initializers["big"].const_value, DeferredTensor)  # no map of the file
+
+
+def test_what_is_not_deferred_is_written_at_once_and_nothing_twice(tmp_path: Path) -> None:
+    source, folder = Source(), GraphFolder(tmp_path)
+    made = source.defer(model())
+    made.graph.initializers["other"].const_value = ir.tensor(random(5, 64, 64), name="other")
+    first, second = folder.save(made), folder.save(made.clone())
+    assert first.pending
+    assert second.pending
+    assert isinstance(made.graph.initializers["other"].const_value, ir.ExternalTensor)
+    assert len(list((tmp_path / "weights").iterdir())) == 1
+    assert first.weights == second.weights
+    assert source.count == 1
+
+
+def test_a_pending_graph_is_what_it_was_when_it_was_saved(tmp_path: Path) -> None:
+    made = Source().defer(model())
+    saved = GraphFolder(tmp_path).save(made)
+    made.graph.initializers["small"].const_value = ir.tensor(random(1, 64), name="small")
+    np.testing.assert_allclose(run(saved.path), next(iter(evaluate(model(), FEEDS).values())), rtol=1e-5, atol=1e-4)

@@ -21,6 +21,7 @@ PLAN = Plan(
     7,
     "sha",
     512,
+    "",
     (FIRST, replace(FIRST, id="reference", tolerance=1e-6)),
 )
 
@@ -41,14 +42,14 @@ def test_round_trip_from_a_file_and_from_a_bundle(tmp_path: Path) -> None:
 
 def test_it_is_readable() -> None:
     table = tomllib.loads(PLAN.to_toml().decode())
-    assert table["schema"] == 2
+    assert table["schema"] == 3
     assert table["variant"][0]["disabled_optimizers"] == ["SkipLayerNormFusion", "BiasGeluFusion"]
     assert "[[variant]]" in PLAN.to_toml().decode()
 
 
 BROKEN = {
     "is not TOML": ("seed = 7", "seed ="),
-    "schema 9, this hasten reads 2": ("schema = 2", "schema = 9"),
+    "schema 9, this hasten reads 3": ("schema = 3", "schema = 9"),
     "lacks key 'source'": ('source = "sha256:' + "ab" * 32 + '"\n', ""),
     "unknown key 'speed'": ("seed = 7", "seed = 7\nspeed = 3"),
     "seed must be a int": ("seed = 7", 'seed = "7"'),
@@ -80,7 +81,7 @@ def test_what_breaks_the_form_is_named(tmp_path: Path, told: str) -> None:
 
 
 def test_no_variants(tmp_path: Path) -> None:
-    for text in (PLAN.to_toml().decode().split("[[variant]]")[0] + "variant = []\n", "schema = 2\n", ""):
+    for text in (PLAN.to_toml().decode().split("[[variant]]")[0] + "variant = []\n", "schema = 3\n", ""):
         (tmp_path / "plan.toml").write_text(text)
         with pytest.raises(UsageError):
             load_plan(tmp_path)
