@@ -230,7 +230,7 @@ def passes_command(markdown: bool) -> None:
         table.add_column(heading)
     for kind in REGISTRY:
         summary = (kind.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        table.add_row(f"[bold]{kind.name}[/]", kind.effect.value, kind.purpose.value, summary)
+        table.add_row(Text(kind.name, "bold"), kind.effect.value, kind.purpose.value, Text(summary))
     console().print(table)
 
 

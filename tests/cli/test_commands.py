@@ -364,7 +364,9 @@ def test_recipes() -> None:
 
 def test_passes() -> None:
     assert ok(cold("passes", "--markdown")).out == (ROOT / "docs" / "passes.md").read_text()
-    assert "dynamic-int8" in ok(warm("passes")).out
+    told = ok(warm("passes")).out
+    assert "dynamic-int8" in told
+    assert "[K, r]" in told, "brackets are no markup"
 
 
 def test_version() -> None:
