@@ -127,7 +127,7 @@ def test_no_tokenizer(place: Path, model: Path) -> None:
         ({"architectures": None}, ("names no architectures", '"architectures": ["BertModel"]')),
         ({"architectures": []}, ("names no architectures",)),
         ({"architectures": ["FrobForThings"]}, ("no architecture FrobForThings", ".onnx")),
-        ({"architectures": ["GPT2LMHeadModel"]}, ("GPT2LMHeadModel does not run by its config",)),
+        ({"architectures": ["GPT2LMHeadModel"]}, ("do not belong together: GPT2LMHeadModel is of gpt2, not of bert",)),
         ({"architectures": ["ViTForImageClassification"]}, ("serves image-classification", "fill-mask")),
         ({"model_type": None}, ("names no model_type",)),
         ({"model_type": "frob"}, ("cannot be loaded", "frob")),

@@ -74,7 +74,6 @@ def feeds() -> dict[str, np.ndarray]:
         ("Llama tied", WIDE),
         pytest.param("Qwen2", {**WIDE, "tie_word_embeddings": True}, marks=pytest.mark.slow),
         pytest.param("Gemma", WIDE, marks=pytest.mark.slow),
-        pytest.param("Phi-3", {**WIDE, "sliding_window": None}, marks=pytest.mark.slow),
     ],
 )
 def test_the_same_graph_and_the_same_answers(
