@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -19,7 +19,16 @@ from .swap import Staging, output_errors, remove
 from .tree import copy_exactly, open_plain, read_bounded, reading_errors, scan
 from .weights import WeightStore
 
-__all__ = ["Bundle", "BundleWriter", "WeightStore", "check_proof", "check_replaceable", "open_bundle"]
+__all__ = [
+    "Bundle",
+    "BundleWriter",
+    "WeightStore",
+    "check_hash",
+    "check_proof",
+    "check_replaceable",
+    "open_bundle",
+    "open_hashing",
+]
 
 PACK_SUFFIX = ".hasten"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -76,7 +85,7 @@ class Bundle:
             BundleError: The bundle on disk is no longer this one, or the evidence breaks a MUST of docs/format.md.
             OutputError: It cannot be written.
         """
-        self._still_there()
+        self.check_still_there()
         evidence = tuple(FileEntry(name, len(data), sha256_bytes(data)) for name, data in sorted(extra.items()))
         data = replace(proof, bundle=self.digest, files=evidence).to_json()
         proven = replace(self, proof=Proof.parse(data))
@@ -87,11 +96,16 @@ class Bundle:
                     _link(self.path / name, _target(staging.path, name))
                 for name, content in (*extra.items(), (PROOF_NAME, data)):
                     _write_new(_target(staging.path, name), content)
-            self._still_there()
+            self.check_still_there()
             staging.swap()
         return proven
 
-    def _still_there(self) -> None:
+    def check_still_there(self) -> None:
+        """Refuse to go on with a bundle in whose place another lies by now.
+
+        Raises:
+            BundleError: One does, or none.
+        """
         if open_bundle(self.path, verify=False).digest != self.digest:
             raise IntegrityError(f"{self.path} was replaced by another bundle meanwhile", "open it again")
 
@@ -108,11 +122,15 @@ def open_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
         IntegrityError: A file is missing, not listed, a link, or has another size or hash than stated.
         BundleError: There is no bundle.
     """
-    path = Path(path)
+    return open_hashing(Path(path), lambda _: verify)
+
+
+def open_hashing(path: Path, wanted: Callable[[str], bool]) -> Bundle:
+    """As `open_bundle`, but only of files whose path is wanted is the hash compared."""
     for _ in range(_RETRIES):
         before = _identity(path)
         try:
-            bundle = _open(path, verify)
+            bundle = _open(path, wanted)
         except BundleError:
             # A writer may have put another bundle in this place while we read.
             if before == _identity(path):
@@ -120,7 +138,7 @@ def open_bundle(path: Path | str, *, verify: bool = True) -> Bundle:
         else:
             if before == _identity(path):
                 return bundle
-    return _open(path, verify)
+    return _open(path, wanted)
 
 
 class BundleWriter:
@@ -252,7 +270,7 @@ def check_replaceable(out: Path, *, force: bool) -> None:
             raise OutputError(f"{out} is {name} or holds it, and is not replaced even by force", "choose another place")
 
 
-def _open(path: Path, verify: bool) -> Bundle:
+def _open(path: Path, wanted: Callable[[str], bool]) -> Bundle:
     _check_folder(path)
     with reading_errors(path):
         data = read_bounded(path, MANIFEST_NAME, MAX_DOCUMENT)
@@ -265,8 +283,9 @@ def _open(path: Path, verify: bool) -> Bundle:
         check_proof(bundle)
         listed = {entry.path: entry for entry in (*manifest.files, *proof.files)}
         _check_presence(path, listed, files, folders)
-        for entry in listed.values() if verify else ():
-            _check_hash(path, entry)
+        for entry in listed.values():
+            if wanted(entry.path):
+                check_hash(path, entry)
     return bundle
 
 
@@ -321,7 +340,13 @@ def _check_presence(
         raise IntegrityError(f"{path}: no listed file is in the folder {shown(name)}", "delete it")
 
 
-def _check_hash(path: Path, entry: FileEntry) -> None:
+def check_hash(path: Path, entry: FileEntry) -> None:
+    """Hold a file of a bundle to its size and hash.
+
+    Raises:
+        IntegrityError: It has others, or is no plain file.
+        OSError: It cannot be read.
+    """
     with open_plain(path, entry.path) as file:
         # One byte more than stated: a file that grows meanwhile is refused too.
         found = copy_exactly(file, entry.size + 1)

@@ -13,7 +13,11 @@
     ├── FidelityError                7   the compiled model misses the quality budget (names the nearest miss)
     ├── ProviderError                8   no execution provider here runs this model correctly
     ├── PassError                    9   a pass broke one of its promises (names the reproducer folder)
-    └── InstallationError           10   this Python environment is broken or lacks an extra
+    ├── InstallationError           10   this Python environment is broken or lacks an extra
+    └── RequestError                11   an engine did not answer a request
+        ├── OverloadError           11   the queue is full, or the deadline could not be kept: refused at once
+        ├── DeadlineError           11   the time given was over
+        └── WorkerError             11   the process that ran it died or hung, and so did the one that tried again
 
 Exit code 130 is an interrupt; 70 is a bug of ours, told in one line with the path of a crash report.
 """
@@ -109,6 +113,32 @@ class InstallationError(HastenError):
     """This Python environment is broken or lacks an optional dependency."""
 
     exit_code = 10
+
+
+class RequestError(HastenError):
+    """An engine did not answer a request."""
+
+    exit_code = 11
+
+
+class OverloadError(RequestError):
+    """The queue is full, or the deadline could not be kept: refused at once, nothing was computed.
+
+    Attributes:
+        retry_after: Seconds after which it may be worth another try.
+    """
+
+    def __init__(self, what: str, remedy: str = "", *, retry_after: float = 1.0) -> None:
+        super().__init__(what, remedy)
+        self.retry_after = retry_after
+
+
+class DeadlineError(RequestError):
+    """The time given was over before the answer was there."""
+
+
+class WorkerError(RequestError):
+    """The process that ran the request died or hung, and so did the one that tried again."""
 
 
 def _one_line(text: str) -> str:

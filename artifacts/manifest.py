@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
+from .adapters import AdaptedGraph, Adapter, check_adapters
 from .constraints import (
     MAX_INTEGER,
     Between,
@@ -124,6 +125,7 @@ class Variant:
         tolerance: Relative L2 error on the golden outputs below which a provider runs it correctly.
         weights: Paths of the weights files that the graph refers to.
         cache: Inputs of its KV cache, where they are not those of the manifest; absent where they are.
+        adapted: Its graph as it takes adapters; absent where the bundle has none, or this variant takes none.
     """
 
     id: Word
@@ -136,6 +138,7 @@ class Variant:
     tolerance: Annotated[float, Between(0.0, 1.0)]
     weights: tuple[BundlePath, ...]
     cache: Annotated[tuple[TensorSpec, ...] | None, Omitted()] = None
+    adapted: Annotated[AdaptedGraph | None, Omitted()] = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ class Manifest:
         variants: At least one.
         files: Every content file but manifest.json itself.
         generation: How texts are generated; absent for every task but text-generation.
+        adapters: LoRA adapters that a call may name; absent where there are none.
     """
 
     name: Name
@@ -238,6 +242,7 @@ class Manifest:
     variants: tuple[Variant, ...]
     files: tuple[FileEntry, ...]
     generation: Annotated[Generation | None, Omitted()] = None
+    adapters: Annotated[tuple[Adapter, ...] | None, Omitted()] = None
 
     def inputs_of(self, variant: Variant) -> tuple[TensorSpec, ...]:
         """Inputs of the graph of a variant: those of all, or with a KV cache of its own."""
@@ -302,6 +307,9 @@ def _check(manifest: Manifest, at: At) -> None:
         here = at.field("processor").field("tokenizer")
         raise here.error(f"{shown(manifest.processor.tokenizer)} is not listed in files")
     _check_generation(manifest, files, at)
+    if manifest.adapters is not None and (manifest.generation is None or not manifest.adapters):
+        raise at.field("adapters").error("they are of the task text-generation, and left out where there are none")
+    check_adapters(manifest.adapters or (), manifest.variants, files, at)
 
 
 def _check_generation(manifest: Manifest, files: dict[str, FileEntry], at: At) -> None:

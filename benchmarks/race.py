@@ -59,7 +59,7 @@ class Measure:
 
     name: str
     operation: str
-    fields: Mapping[str, int]
+    fields: Mapping[str, object]
 
 
 ENCODER_MEASURES = tuple(

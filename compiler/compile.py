@@ -218,6 +218,9 @@ def _found(source: str, plan: Plan | None, options: CompileOptions) -> ModelSour
 
 
 def _data(options: CompileOptions, task: str) -> Dataset | TensorData | None:
+    if options.max_drop is not None and options.max_drop >= 1.0 and task != GENERATION:
+        what = f"--max-drop {options.max_drop:.0%} leaves nothing of a model for {task}"
+        raise UsageError(what, "Give less than 100%: only the perplexity of a decoder can more than double")
     if task == TENSORS:
         if options.compression and options.data is None:
             raise UsageError("compression of plain tensors is fitted to examples", "Give them with --data FILE.npz")

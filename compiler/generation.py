@@ -44,7 +44,7 @@ _GOLDEN_STEPS = 2
 _GOLDEN_BYTES = 4 << 20
 _LOGITS_BYTES = 256 << 20
 _MOST_ROWS = 8
-_JUDGED = (2048, 16384)
+_JUDGED = (4096, 16384)
 _WORK = 1e12  # parameters x tokens that judging a change may take: some 10 s on two cores
 
 
@@ -62,7 +62,7 @@ def windows(texts: Iterable[str], tokenizer: Path, longest: int = LONGEST_WINDOW
 
 
 def judged_tokens(model: ir.Model) -> int:
-    """How many tokens a model of this size is judged on: 2,048 for the largest, 16,384 for small ones.
+    """How many tokens a model of this size is judged on: 4,096 for the largest, 16,384 for small ones.
 
     Both models see the same tokens, and a token's loss changes little: the ratio of the perplexities is known far
     better than either of them.

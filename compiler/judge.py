@@ -12,7 +12,6 @@ from artifacts.errors import ProviderError
 from artifacts.manifest import SessionOptions
 from artifacts.proof import Fidelity
 from runtimes.client import Ratio, Timings, Worker, interleave
-from runtimes.generate.feeds import fitted
 
 from .candidate import Candidate, Trial, Verdict
 from .evidence import Evidence
@@ -184,7 +183,7 @@ class Judge(AbstractContextManager["Judge"]):
             worker.close()
 
     def _start(self, candidate: Candidate) -> Worker:
-        return Worker(candidate.graph.path, self.provider, options=candidate.session, threads=self.threads, fit=fitted)
+        return Worker(candidate.graph.path, self.provider, options=candidate.session, threads=self.threads)
 
     def _waits(self, candidate: Candidate) -> bool:
         return self.deferring and candidate.graph.pending

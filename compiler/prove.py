@@ -13,7 +13,6 @@ from artifacts.proof import Speed, VariantProof
 from artifacts.target import CPU_PROVIDER, Target
 from runtimes.client import Feeds, Worker, interleave
 from runtimes.fingerprint import machine
-from runtimes.generate.feeds import fitted
 from runtimes.golden import golden_error, load_golden
 from runtimes.providers import probe
 
@@ -39,7 +38,7 @@ class Runnable:
         Raises:
             ProviderError: It does not load.
         """
-        return Worker(self.path, self.provider, options=self.session, threads=threads, fit=fitted)
+        return Worker(self.path, self.provider, options=self.session, threads=threads)
 
 
 def race(reference: Runnable, variant: Runnable, shapes: Shapes, threads: int) -> tuple[Speed, ...]:

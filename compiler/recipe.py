@@ -19,7 +19,7 @@ from passes.registry import CLEAN
 from .tasks import GENERATION
 
 SCHEMA = 1
-BUILT_IN = ("reference", "safe", "balanced", "int8", "int4", "int4-fast")
+BUILT_IN = ("reference", "safe", "balanced", "int8", "int4", "int4-fast", "int4-serve")
 _KEYS = {"schema", "name", "description", "tune"}
 _TABLES = ("stages", "generation")
 _ALIASES = {"clean": Pipeline(CLEAN)}

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile_model": "compiler.compile",
     "load": "runtimes.load",
+    "serve_engine": "runtimes.engine.open",
     "open_bundle": "artifacts.bundle",
     "pack": "artifacts.pack",
     "unpack": "artifacts.pack",
@@ -25,7 +26,7 @@ _HOMES = {
 }
 """Where each public name lives; it is imported when it is first used, so that loading never pays for compiling."""
 
-__all__ = ["Bundle", "HastenError", "Target", "compile_model", "load", "open_bundle", "pack", "unpack"]
+__all__ = ["Bundle", "HastenError", "Target", "compile_model", "load", "open_bundle", "pack", "serve_engine", "unpack"]
 
 if TYPE_CHECKING:
     from artifacts.bundle import Bundle, open_bundle
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from artifacts.pack import pack, unpack
     from artifacts.target import Target
     from compiler.compile import compile_model
+    from runtimes.engine.open import serve_engine
     from runtimes.load import load
 
 

@@ -34,6 +34,8 @@ COMMANDS = {
     "chat": ("converse", "chat_command"),
     "eval": ("evaluate", "eval_command"),
     "bench": ("use", "bench_command"),
+    "serve": ("serve", "serve_command"),
+    "adapter": ("adapters", "adapter_command"),
     "tune": ("tune", "tune_command"),
     "profile": ("tune", "profile_command"),
 }

@@ -15,7 +15,7 @@ import click
 
 from artifacts.errors import DataError, OutputError, UsageError
 
-from .generation import GENERATION, SAMPLING, Clock, Wishes, generation_options, show, wishes
+from .generation import GENERATION, SAMPLING, Clock, Wishes, draft_option, generation_options, show, wishes
 from .use import machine_options
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _LEAST_ROOM = 256
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--stats", is_flag=True, help="Say on standard error after each answer what it took.")
 @generation_options
+@draft_option
 @machine_options
 def chat_command(bundle: Path, stats: bool, threads: int | None, **options: Any) -> None:
     """Talk with BUNDLE: a line is a message, answered as it is written, and the conversation is remembered.

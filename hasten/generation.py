@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,8 +16,6 @@ import click
 from artifacts.errors import DataError, ProviderError, UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from artifacts.manifest import Manifest
     from runtimes.generate.results import Generated, Piece
     from runtimes.jsonl import Numbered
@@ -26,6 +25,7 @@ GENERATION = "text-generation"
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What a terminal obeys or reorders, but for line breaks and tabs."""
 _MOST_BYTES = 64 << 20
+_MOST_SCHEMA = 1 << 20
 
 SAMPLING = (
     ("max_new_tokens", click.IntRange(min=1), "Most tokens to write.  [default: what the context leaves]"),
@@ -37,8 +37,18 @@ SAMPLING = (
     ("frequency_penalty", click.FLOAT, "Above 0: tokens become less likely each time they are written."),
     ("presence_penalty", click.FLOAT, "Above 0: tokens become less likely once they were written."),
     ("seed", click.INT, "The same seed gives the same text."),
+    ("speculate", click.IntRange(0, 16), "Guess so many tokens at once, and check them in one step, where that pays."),
 )
 """Name, type and help of each option that goes to ``generate`` as it is."""
+FORMS: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "schema",
+        {"metavar": "FILE", "type": click.Path(path_type=Path), "help": "JSON that is valid against this schema."},
+    ),
+    ("regex", {"metavar": "TEXT", "help": "A text that this regular expression matches, all of it."}),
+    ("choice", {"metavar": "TEXT", "multiple": True, "help": "One of these texts; repeatable."}),
+)
+"""Name and settings of each option that says what a text has to look like."""
 
 
 @dataclass(frozen=True)
@@ -92,17 +102,32 @@ def generation_options(command: Any) -> Any:
         help="A variable of the chat template, as JSON or text: enable_thinking=false; repeatable.",
     )(command)
     command = click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")(command)
+    for name, told in reversed(FORMS):
+        command = click.option(f"--{name}", **told)(command)
+    command = click.option("--adapter", metavar="NAME", help="A LoRA adapter of the bundle; see `hasten adapter`.")(
+        command
+    )
     command = click.option("--stop", metavar="TEXT", multiple=True, help="Ends the text; repeatable.")(command)
     for name, kind, text in reversed(SAMPLING):
         command = click.option(f"--{name.replace('_', '-')}", type=kind, help=text)(command)
     return command
 
 
+def draft_option(command: Any) -> Any:
+    """The option ``draft`` of loading."""
+    text = "A smaller bundle of the same tokenizer that guesses how texts go on."
+    return click.option("--draft", metavar="BUNDLE", type=click.Path(path_type=Path), help=text)(command)
+
+
 def wishes(options: dict[str, Any]) -> Wishes:
     """Take what `generation_options` added, and ``chat``, out of ``options``."""
     told = {name: options.pop(name) for name, *_ in SAMPLING}
     told["stop"] = list(options.pop("stop")) or None
+    told["adapter"] = options.pop("adapter")
     told["template_variables"] = options.pop("variables") or None
+    schema = options.pop("schema")
+    told |= {"schema": None if schema is None else read_schema(schema), "regex": options.pop("regex")}
+    told["choices"] = list(options.pop("choice")) or None
     given = {name: value for name, value in told.items() if value is not None}
     return Wishes(given, options.pop("chat", None), options.pop("system"))
 
@@ -118,6 +143,19 @@ def _variables(context: click.Context, parameter: click.Parameter, value: tuple[
         except ValueError:
             found[name] = said
     return found
+
+
+def read_schema(path: Path) -> str:
+    """The text of a file that holds a JSON schema; more than may be compiled is not read.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return decode(file.read(_MOST_SCHEMA), str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", "Name a file that holds a JSON schema") from error
 
 
 def task_of(bundle: Path) -> str:
@@ -200,6 +238,12 @@ def show(pieces: Iterable[Piece]) -> Generated:
     return result
 
 
+_ENDED = {
+    **{"stop": "ended", "length": "reached its limit", "time": "ran out of time", "cancelled": "was stopped"},
+    "constraint": "could not become what was asked for",
+}
+
+
 class Clock:
     """How long a text took: until its first piece, and from there on."""
 
@@ -219,6 +263,7 @@ class Clock:
         """One line."""
         count, rest = len(result.tokens), self._last - self._first
         speed = f", then {(count - 1) / rest:.1f} tokens a second" if count > 1 and rest > 0.0 else ""
-        ended = {"stop": "ended", "length": "reached its limit", "time": "ran out of time", "cancelled": "was stopped"}
+        ended = _ENDED[result.finish]
         first = f"first text after {self._first - self._begin:.2f} s"
-        return f"{result.prompt_tokens} tokens of prompt, {first}{speed}; {count} written, {ended[result.finish]}"
+        guessed = f", {result.accepted} of {result.drafted} guesses right" if result.drafted else ""
+        return f"{result.prompt_tokens} tokens of prompt, {first}{speed}; {count} written{guessed}, {ended}"

@@ -72,7 +72,7 @@ class Size(click.ParamType[int]):
     "--recipe",
     default="balanced",
     show_default=True,
-    help="Name (see `hasten recipes`) or .toml file. int8, int4 and int4-fast say the precision of a decoder.",
+    help="Name (see `hasten recipes`) or .toml file. int8, int4, int4-fast, int4-serve: the precision of a decoder.",
 )
 @click.option("--task", help="What the model does; by default what its architecture says.")
 @click.option("--pooling", type=click.Choice(["mean", "cls", "max", "none"]), help="How token vectors become one.")

@@ -16,6 +16,7 @@ from artifacts.errors import DataError, UsageError
 from .generation import (
     GENERATION,
     Wishes,
+    draft_option,
     generation_options,
     read_prompt,
     run_prompt,
@@ -66,6 +67,7 @@ def machine_options(command: Any) -> Any:
 )
 @click.option("--stats", is_flag=True, help="With --prompt: say on standard error what it took.")
 @generation_options
+@draft_option
 def run_command(
     bundle: Path,
     texts: tuple[str, ...],

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from artifacts.adapters import AdaptedGraph
 from artifacts.bundle import Bundle, open_bundle
 from artifacts.errors import HastenError, ProviderError
 from artifacts.manifest import Variant
 from artifacts.target import Target
 from runtimes.client import Worker
+from runtimes.generate.adapters import open_graph
 from runtimes.golden import Golden, check_golden, load_golden
 from runtimes.providers import available
 
@@ -32,7 +34,7 @@ class Finding:
 
 
 def verify(path: Path) -> Iterator[Finding]:
-    """Hashes, grammar of each graph, and the golden test of each variant on every provider here that it names.
+    """Hashes, grammar of each graph, the golden test of each variant on every provider here that it names, adapters.
 
     Raises:
         BundleError: The bundle does not open; nothing else can be checked then.
@@ -50,6 +52,8 @@ def verify(path: Path) -> Iterator[Finding]:
                 yield Finding(f"{variant.id} on {provider}", "skipped", found.reason if found else "unknown provider")
             else:
                 yield _replay(bundle, variant, provider, golden)
+        if variant.adapted is not None:
+            yield _adapters(bundle, variant, variant.adapted)
 
 
 def _grammar(bundle: Bundle, variant: Variant) -> Finding:
@@ -65,6 +69,21 @@ def _grammar(bundle: Bundle, variant: Variant) -> Finding:
     except (HastenError, ir.serde.SerdeError) as error:
         return Finding(name, "failed", str(error))
     return Finding(name, "ok", "well formed, operators known to its target")
+
+
+def _adapters(bundle: Bundle, variant: Variant, graph: AdaptedGraph) -> Finding:
+    """The graph that takes adapters without one, and the numbers of each adapter."""
+    name = f"{variant.id} with adapters"
+    names = [one.name for one in bundle.manifest.adapters or ()]
+    try:
+        adapted = open_graph(bundle, variant, graph)
+        try:
+            adapted.feeds(names)
+        finally:
+            adapted.close()
+    except HastenError as problem:
+        return Finding(name, "failed", problem.what)
+    return Finding(name, "ok", f"without one the golden test holds; {', '.join(names)} can be used")
 
 
 def _replay(bundle: Bundle, variant: Variant, provider: str, golden: Golden) -> Finding:

@@ -13,6 +13,9 @@ import onnx_ir as ir
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key under which torch's exporter leaves the module path of a node, as the text of a Python list."""
 
+ORIGINS = "hasten.origins"
+"""Metadata key under which passes leave which columns of which modules a product makes; see `passes.origins`."""
+
 STANDARD_DOMAINS = ("", "ai.onnx")
 """The two spellings of the domain of the standard operators."""
 

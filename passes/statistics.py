@@ -179,6 +179,8 @@ class ActivationAccumulator:
         # A factor that is a power of two keeps every digit, so the bins are exact.
         place = chunk * np.float32(BINS / 2 / (self._reach or 1.0))
         np.floor(place, out=place)
+        # What was below 0 by less than float32 tells lies below it still.
+        np.subtract(place, 1.0, out=place, where=(place == 0.0) & (chunk < 0.0))
         place += np.float32(BINS // 2)
         self._histogram += np.bincount(place.astype(np.intp).ravel(), minlength=BINS)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
-from .sites import NAME_SCOPES, STANDARD_DOMAINS, constant_of
+from .sites import NAME_SCOPES, ORIGINS, STANDARD_DOMAINS, constant_of
 
 MICROSOFT = "com.microsoft"
 
@@ -119,9 +119,10 @@ def build(
 
 
 def copy_path(old: ir.Node, new: ir.Node) -> None:
-    """Let a node that replaces another keep its module path."""
-    if NAME_SCOPES in old.metadata_props:
-        new.metadata_props[NAME_SCOPES] = old.metadata_props[NAME_SCOPES]
+    """Let a node that replaces another keep its module path, and what is known of its columns."""
+    for key in (NAME_SCOPES, ORIGINS):
+        if key in old.metadata_props:
+            new.metadata_props[key] = old.metadata_props[key]
 
 
 def replace(old: ir.Node, new_nodes: Sequence[ir.Node], new_value: ir.Value, at: ir.Node | None = None) -> None:

@@ -9,13 +9,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +22,13 @@ from numpy.typing import NDArray
 from artifacts.errors import ProviderError, UsageError
 from artifacts.manifest import SessionOptions, TensorSpec
 
+from .closing import Closing
 from .environment import import_paths, short_reason
-from .generate.feeds import fitted as fit_cache
+from .generate.feeds import fitted
 from .kernels import Kernel
 from .settings import Settings
 
 Feeds = Mapping[str, NDArray[Any]]
-Fit = Callable[[Feeds, Sequence[TensorSpec]], Feeds]
 
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from runtimes.worker import main; main(sys.argv[2])"
@@ -38,7 +37,7 @@ _CLOSE_SECONDS = 2.0
 _SELF_DESTRUCT_SECONDS = 5.0
 
 
-class Worker:
+class Worker(Closing):
     """A session in a child process. Use it as a context manager.
 
     Args:
@@ -51,7 +50,6 @@ class Worker:
         wide: Open it for ``settings.lanes`` runs at once. :meth:`time` then takes the seconds of that many together.
         timeout: Seconds that loading, one run, or one block of timing (beyond its own seconds) may take.
         record_assignment: Keep which node went to which provider, for :meth:`assignment`.
-        fit: Makes of feeds, given the model's inputs, what the model takes.
 
     Raises:
         ProviderError: The model does not load there, or the child crashed or hung. The same for every method.
@@ -72,10 +70,8 @@ class Worker:
         wide: bool = False,
         timeout: float = 120.0,
         record_assignment: bool = True,
-        fit: Fit = fit_cache,
     ) -> None:
         self.provider = provider
-        self._fit = fit
         self.timeout = timeout
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="hasten-worker-", ignore_cleanup_errors=True)
@@ -125,8 +121,8 @@ class Worker:
         return self._time(path, write_feeds(path, self.fitted(feeds)), seconds, repeats)
 
     def fitted(self, feeds: Feeds) -> Feeds:
-        """The feeds as the model takes them."""
-        return self._fit(feeds, self.inputs)
+        """The feeds as the model takes them; see `runtimes.generate.feeds.fitted`."""
+        return fitted(feeds, self.inputs)
 
     def assignment(self) -> dict[str, tuple[tuple[str, str], ...]]:
         """(node name, operator type) by provider."""
@@ -172,14 +168,6 @@ class Worker:
                 self._process.stdin.close()
         self._stderr.close()
         self._folder.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _file(self, name: str) -> str:
         folder = Path(self._folder.name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from artifacts.beside import opened_beside
 from artifacts.bundle import Bundle, open_bundle
 from artifacts.constraints import printable
 from artifacts.errors import UsageError
@@ -15,9 +17,11 @@ from artifacts.manifest import Manifest
 from artifacts.proof import VariantProof
 
 from .decide import CandidateResult, Decision, find_short, start, widen
+from .generate.adapters import open_adapted
 from .pool import SessionPool
+from .session import Session
 from .settings import Settings
-from .tasks import TASKS, Task
+from .tasks import TASKS, Generator, Task
 
 _MOST_LANES = 1024
 
@@ -32,6 +36,7 @@ def load(
     lanes: int = 0,
     cache: bool = True,
     verify: bool = True,
+    draft: str | os.PathLike[str] | Task | None = None,
 ) -> Task:
     """Open a bundle, choose the variant and provider that are the fastest correct ones here, and load them.
 
@@ -45,32 +50,60 @@ def load(
             first long input comes; 0: as tuned, else one a thread of the CPU; 1: none, which saves the memory of the
             second session's weights.
         cache: Use and write the decision and the settings kept on this machine.
-        verify: Hash every file before it is used.
+        verify: Compare the hash of every file with the one stated: of weights while they are loaded, of all else before
+            it is used.
+        draft: Of a language model: a smaller one of the same tokenizer that guesses how texts go on, a bundle or loaded
+            (then it is not closed with the model).
 
     Returns:
         The task of the bundle, its golden test passed on the provider it runs on.
 
     Raises:
-        UsageError: No such device, provider or variant, or a negative number of threads or lanes.
+        UsageError: No such device, provider or variant, a negative number of threads or lanes, or a draft of another
+            vocabulary.
         BundleError: Not a bundle, or a damaged one.
         ProviderError: Nothing here runs the bundle correctly.
     """
     if threads < 0 or not 0 <= lanes <= _MOST_LANES:
         raise UsageError(f"threads is {threads}, lanes is {lanes}", "Pass 0 for what suits this machine, or a few")
-    bundle = open_bundle(Path(path), verify=verify)
-    decision, session = start(bundle, device=device, provider=provider, variant=variant, threads=threads, cache=cache)
+    opened = opened_beside(Path(path)) if verify else nullcontext(open_bundle(Path(path), verify=False))
+    with ExitStack() as failed:
+        with opened as bundle:
+            decision, session = start(
+                bundle, device=device, provider=provider, variant=variant, threads=threads, cache=cache
+            )
+            failed.callback(session.close)
+            task = _task(bundle, decision, session, lanes)
+        if draft is not None:
+            alike = partial(load, device=device, threads=threads, cache=cache, verify=verify)
+            guesser = draft if isinstance(draft, Task) else alike(draft)
+            _use_draft(task, guesser, own=guesser is not draft)
+        failed.pop_all()
+    return task
+
+
+def _task(bundle: Bundle, decision: Decision, session: Session, lanes: int) -> Task:
     settings = replace(session.settings, lanes=lanes or session.settings.lanes)
     pool = SessionPool(
         session,
         lanes=settings.lanes,
         max_tokens=settings.max_tokens,
+        padding=settings.padding,
         widen=partial(widen, bundle, decision, settings),
+        adapt=partial(open_adapted, bundle, decision, settings) if bundle.manifest.adapters else None,
     )
-    try:
-        return TASKS[bundle.manifest.task](bundle, pool, explanation=explain(bundle, decision, settings))
-    except BaseException:
-        session.close()
-        raise
+    return TASKS[bundle.manifest.task](bundle, pool, explanation=explain(bundle, decision, settings))
+
+
+def _use_draft(task: Task, draft: Task, *, own: bool) -> None:
+    """Let a language model guess for another."""
+    with ExitStack() as stack:
+        if own:
+            stack.callback(draft.close)
+        if not isinstance(task, Generator) or not isinstance(draft, Generator):
+            raise UsageError("a draft is a language model, for a language model", "Leave out draft")
+        task.use_draft(draft, close=own)
+        stack.pop_all()
 
 
 def explain(bundle: Bundle, decision: Decision, settings: Settings | None = None) -> str:

@@ -19,11 +19,12 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from artifacts.constraints import printable
 from artifacts.errors import ProviderError, UsageError
+
+from .closing import Closing
 
 ANSWER_SECONDS = 300.0
 """How long a peer may take for an answer, beyond what it was asked to measure: the first one may load a model."""
@@ -53,7 +54,7 @@ def parse_peer(text: str) -> tuple[str, tuple[str, ...]]:
     return name, words
 
 
-class Peer:
+class Peer(Closing):
     """A peer's process. Use it as a context manager.
 
     Args:
@@ -163,14 +164,6 @@ class Peer:
         self._kill()
         with suppress(OSError):
             self._input.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def _input(self) -> IO[bytes]:

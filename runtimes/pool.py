@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from artifacts.errors import HastenError
+from artifacts.errors import HastenError, UsageError
 from artifacts.manifest import TensorSpec
 
 from .settings import MAX_TOKENS
+
+if TYPE_CHECKING:
+    from .generate.adapters import AdaptedSession
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,7 +51,9 @@ class SessionPool:
         session: The first, open.
         lanes: Batches that the wide one runs at once; 1: there is none.
         max_tokens: Padded tokens a batch, where the caller does not say.
+        padding: Tokens of padding that cost as much as one more run; None: nobody knows.
         widen: Opens the wide one, tested; None: there is none.
+        adapt: Opens the graph that takes adapters, tested; None: there is none.
     """
 
     def __init__(
@@ -57,16 +62,21 @@ class SessionPool:
         *,
         lanes: int = 1,
         max_tokens: int = MAX_TOKENS,
+        padding: int | None = None,
         widen: Callable[[], Runner] | None = None,
+        adapt: Callable[[], AdaptedSession] | None = None,
     ) -> None:
-        self.session = session
+        self.session: Runner = session
         self.inputs = session.inputs
         self.max_tokens = max_tokens
+        self.padding = padding
         self._lanes = lanes
         self._widen = widen if lanes > 1 else None
         self._wide: Runner | None = None
         self._seen = 0
         self._refusal = ""
+        self._adapt = adapt
+        self._adapted: AdaptedSession | None = None
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -86,6 +96,22 @@ class SessionPool:
                 return self._wide, self._lanes
         return self.session, 1
 
+    def adapted(self) -> AdaptedSession:
+        """The graph that takes adapters; loaded when it is first asked for, and the first session from then on.
+
+        Raises:
+            UsageError: There is none for what runs here.
+            ProviderError: It does not load, or computes wrong results.
+        """
+        with self._lock:
+            if self._adapted is None:
+                if self._adapt is None:
+                    raise UsageError("this model takes no adapters", "Load a bundle that has some")
+                self._adapted = self._adapt()
+                # Whoever comes now runs this one, so that the weights are not in memory twice for long.
+                self.session = self._adapted
+            return self._adapted
+
     def explain(self) -> str:
         """What became of the wide session, in one line; empty as long as nothing did."""
         if self._refusal:
@@ -95,8 +121,9 @@ class SessionPool:
     def close(self) -> None:
         """Free the graphs."""
         with self._lock:
-            self._widen = None
+            self._widen = self._adapt = None
             wide, self._wide = self._wide, None
+            self._adapted = None
         if wide is not None:
             wide.close()
         self.session.close()

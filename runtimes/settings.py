@@ -14,6 +14,7 @@ MAX_TOKENS = 1024
 """Padded tokens a batch: real text is short and uneven, and larger batches only add padding (shared/FACTS.md)."""
 
 _CPU_TOKENS = 512
+_RUN_TOKENS = 24
 _MOST_LANES = 32
 
 
@@ -27,6 +28,7 @@ class Settings:
         arena: The CPU provider keeps the memory of a run for the next one.
         lanes: Batches of a long input that run at once; 1: one after another. See `SessionPool`.
         max_tokens: Padded tokens a batch, where the caller does not say.
+        run_tokens: Tokens that a thread computes in the time that a run takes besides its tokens; see `padding`.
         tuned: It was measured on this machine; see `runtimes.tune`.
     """
 
@@ -35,7 +37,13 @@ class Settings:
     arena: bool = True
     lanes: Annotated[int, Between(1, 1024)] = 1
     max_tokens: Annotated[int, Between(1, 1 << 20)] = MAX_TOKENS
+    run_tokens: Annotated[int, Between(1, 1 << 20)] = 1 << 20
     tuned: bool = False
+
+    @property
+    def padding(self) -> int:
+        """Tokens of padding that cost as much as one more run: a batch with more of them is better cut in two."""
+        return self.run_tokens * self.threads
 
     def describe(self, *, text: bool) -> str:
         """In words; with what concerns texts only where ``text``."""
@@ -54,7 +62,8 @@ def default_settings(provider: str, device: str = "cpu", threads: int = 0) -> Se
     texts leave several threads within an operator waiting for each other. Measured on two cores over the sentences of
     STS-B against one lane of both threads: 1.20 times the throughput on the CPU provider, 1.11 on OpenVINO. One
     tokenizer feeds no more than 32 lanes. The CPU provider's kernels like 512 tokens a batch better than 1024 (1.06),
-    OpenVINO's 1024 better than 512 (1.04).
+    OpenVINO's 1024 better than 512 (1.04). A run reads the weights once, whatever it computes: on one thread that takes
+    as long as 24 tokens do, on two as 47.
 
     Args:
         provider: Execution provider, by full name.
@@ -64,7 +73,9 @@ def default_settings(provider: str, device: str = "cpu", threads: int = 0) -> Se
     chosen = threads or physical_cores()
     on_cpu = provider in (CPU_PROVIDER, OPENVINO_PROVIDER) and device == "cpu"
     tokens = _CPU_TOKENS if provider == CPU_PROVIDER else MAX_TOKENS
-    return Settings(chosen, lanes=min(chosen, _MOST_LANES) if on_cpu else 1, max_tokens=tokens)
+    if not on_cpu:
+        return Settings(chosen, max_tokens=tokens)
+    return Settings(chosen, lanes=min(chosen, _MOST_LANES), max_tokens=tokens, run_tokens=_RUN_TOKENS)
 
 
 def counted(number: int, name: str) -> str:

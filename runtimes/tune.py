@@ -25,7 +25,6 @@ from artifacts.proof import Machine
 from artifacts.target import CPU_PROVIDER
 
 from . import remember
-from .environment import physical_cores
 from .fingerprint import machine
 from .golden import Arrays, load_golden
 from .settings import Settings, counted, default_settings
@@ -40,6 +39,7 @@ LOAD_SECONDS = 3.0
 
 _LEAST_MS = 1.0
 _ROUNDS = 5
+_LOOK_SECONDS = 0.2
 _BLOCK_SECONDS = 0.04
 _STEP_SECONDS = 120.0
 _SINGLE = ((1, 32), (1, 128))
@@ -154,7 +154,7 @@ def tune_at_load(bundle: Bundle, variant: str, provider: str, device: str, threa
         ms: Milliseconds of its golden inputs.
     """
     about = (bundle.digest, variant, provider, device, threads)
-    if ms < _LEAST_MS or LOAD_SECONDS <= 0.0 or is_busy() or remember.recall_settings(*about) is not None:
+    if ms < _LEAST_MS or LOAD_SECONDS <= 0.0 or remember.recall_settings(*about) is not None or is_busy():
         return
     best, _ = tune(bundle, variant, provider, device, threads, seconds=LOAD_SECONDS)
     remember.remember_settings(*about, best)
@@ -188,8 +188,13 @@ def tune(
 
 
 def is_busy() -> bool:
-    """Whether other programs keep more than half of this machine's cores at work."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * physical_cores()
+    """Whether other programs keep more than half of this machine's cores at work, just now.
+
+    A load average would still count what ended a minute ago, such as the compile of the bundle that is loaded.
+    """
+    import psutil
+
+    return float(psutil.cpu_percent(_LOOK_SECONDS)) > 50.0
 
 
 @dataclass(frozen=True)

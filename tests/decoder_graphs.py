@@ -18,6 +18,7 @@ from artifacts.bundle import Bundle, BundleWriter
 from artifacts.manifest import Generation, Manifest, SessionOptions, Source, TensorSpec, TextProcessor, Variant
 from artifacts.proof import Proof
 from artifacts.signature import STEP_INPUTS, cache_names
+from passes.sites import NAME_SCOPES
 
 Arrays = dict[str, NDArray[Any]]
 TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "int32": TensorProto.INT32}
@@ -26,6 +27,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_MODULES = {part: f"{'mlp' if len(part) > 1 else 'self_attn'}.{part}_proj" for part in (*"qkvo", "gate", "up", "down")}
 SENTENCES = (
     "the cat sat on the mat",
     "a dog ran after the red ball and the bird flew away",
@@ -86,7 +88,10 @@ class _Builder:
         return self.op("SimplifiedLayerNormalization", x, self.weight(name, array), axis=-1, epsilon=epsilon)
 
     def linear(self, x: str, name: str, array: NDArray[Any]) -> str:
-        return self.op("MatMul", x, self.weight(name, array.T))
+        made = self.op("MatMul", x, self.weight(name, array.T))
+        layer, _, part = name.rpartition(".")
+        self.nodes[-1].metadata_props.add(key=NAME_SCOPES, value=repr(["", f"{layer}.{_MODULES[part]}", "linear"]))
+        return made
 
 
 def llama_graph(model: Any) -> onnx.ModelProto:

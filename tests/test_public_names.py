@@ -14,7 +14,7 @@ from compiler.compile import CompileOptions
 from compiler.compression import Compression
 from hasten.cli import COMMANDS, cli
 
-NAMES = ["Bundle", "HastenError", "Target", "compile_model", "load", "open_bundle", "pack", "unpack"]
+NAMES = ["Bundle", "HastenError", "Target", "compile_model", "load", "open_bundle", "pack", "serve_engine", "unpack"]
 
 
 def test_the_list_of_names() -> None:
@@ -42,10 +42,13 @@ def parameters(function: object) -> list[str]:
 
 def test_signatures() -> None:
     assert parameters(hasten.compile_model) == ["source", "output", "options"]
-    assert parameters(hasten.load) == ["path", "device", "provider", "variant", "threads", "lanes", "cache", "verify"]
+    assert parameters(hasten.load) == [
+        *("path", "device", "provider", "variant", "threads", "lanes", "cache", "verify", "draft"),
+    ]
     assert parameters(hasten.open_bundle) == ["path", "verify"]
     assert parameters(hasten.pack)[:2] == ["bundle_dir", "file"]
     assert parameters(hasten.unpack)[:2] == ["file", "out"]
+    assert parameters(hasten.serve_engine) == ["path", "cache", "options"]
     assert [field.name for field in dataclasses.fields(CompileOptions)] == [
         *("targets", "recipe", "task", "pooling", "name", "data", "columns", "max_drop", "seed", "threads"),
         *("calibration_rows", "calibration_memory", "plan", "unproven", "keep_reference", "force"),
@@ -84,6 +87,8 @@ def test_the_commands() -> None:
             "chat",
             "eval",
             "bench",
+            "serve",
+            "adapter",
             "tune",
             "profile",
         )

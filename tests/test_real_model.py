@@ -17,7 +17,7 @@ from artifacts.bundle import Bundle
 from compiler.metrics import cosine, spearman
 from runtimes.load import load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 _HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "optimum", "scipy", "requests")
 
 

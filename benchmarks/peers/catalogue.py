@@ -70,6 +70,8 @@ DECODER_PEERS = (
     Entry("transformers_generate", "transformers"),
 )
 
+SERVER_PEERS = (Entry("fastapi_sentence_transformers", "FastAPI + sentence-transformers"),)
+
 
 def home() -> Path:
     """Folder of the peers' environments: ``HASTEN_PEERS``, else one in the user's cache."""

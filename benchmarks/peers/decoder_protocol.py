@@ -6,9 +6,10 @@ Requests besides ``load`` and ``exit``:
 |---|---|
 | ``{"op": "prefill", "tokens": 512, "seconds": 2.0}`` | ``{"ok": true, "seconds": [0.6, …], "chosen": …}`` |
 | ``{"op": "decode", "prompt": 128, "steps": 64, "batch": 1}`` | the same, seconds of each step |
+| ``{"op": "serve", "prompts": [64, 200], "steps": [32, 80]}`` | the same, seconds until the last text is written |
 
 A prefill ends with the logits of the last token; a step takes a token a row and ends with its logits, whose largest is
-the next token.
+the next token. To serve is to write texts of different lengths after prompts of different lengths that come at once.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class DecoderSetting(ABC):
 
     batches: tuple[int, ...] = (1,)
     """Rows that it can decode at a time."""
+    serves: bool = False
+    """Whether rows may begin and end when they want."""
 
     @abstractmethod
     def prefill(self, ids: Ids) -> None:
@@ -41,6 +44,10 @@ class DecoderSetting(ABC):
     @abstractmethod
     def step(self) -> None:
         """Add the most probable token to each row and compute the logits after it."""
+
+    def serve(self, prompts: Sequence[Ids], steps: Sequence[int]) -> None:
+        """Write so many of the most probable tokens after each prompt, int64 [tokens]."""
+        raise NotImplementedError
 
 
 class DecoderPeer(ABC):
@@ -72,7 +79,7 @@ class DecoderServer(Answering[DecoderSetting]):
 
     def operations(self) -> dict[str, Operation]:
         """See `protocol.Answering`."""
-        return {"prefill": self._prefill, "decode": self._decode}
+        return {"prefill": self._prefill, "decode": self._decode, "serve": self._serve}
 
     def _prefill(self, request: Mapping[str, Any]) -> dict[str, Any]:
         ids = self._ids(1, int(request["tokens"]))
@@ -105,11 +112,28 @@ class DecoderServer(Answering[DecoderSetting]):
         seconds = steps(self._settings[chosen], int(request["steps"]))
         return {"seconds": seconds, "chosen": chosen, "tried": tried}
 
+    def _serve(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        prompts = [self._ids(1, tokens)[0] for tokens in request["prompts"]]
+        steps = list(request["steps"])
+
+        def once(setting: DecoderSetting) -> float:
+            start = time.perf_counter()
+            setting.serve(prompts, steps)
+            return time.perf_counter() - start
+
+        chosen, tried = self._choose(("serve", *request["prompts"]), once, 0)
+        # Of the times of a block the first is dropped.
+        seconds = [once(self._settings[chosen]) for _ in range(_MINIMUM_CALLS)]
+        return {"seconds": seconds, "chosen": chosen, "tried": tried}
+
     def _choose(self, key: object, cost: Callable[[DecoderSetting], float], batch: int) -> tuple[str, dict[str, float]]:
+        """The setting that costs least; of those that decode so many rows, or serve where ``batch`` is 0."""
         if key not in self._chosen:
-            able = {name: one for name, one in self._settings.items() if batch in one.batches}
+            able = {
+                name: one for name, one in self._settings.items() if (batch in one.batches if batch else one.serves)
+            }
             if not able:
-                raise ValueError(f"it does not decode {batch} rows at a time")
+                raise ValueError(f"it does not decode {batch} rows at a time" if batch else "it does not serve")
             ways = {name: lambda one=one: cost(one) for name, one in able.items()}
             self._chosen[key] = best_of(ways)
         return self._chosen[key]

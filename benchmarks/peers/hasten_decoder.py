@@ -31,6 +31,7 @@ class Loaded(DecoderSetting):
     """The decoder that `generate` runs on, without the sampling of tokens and the making of texts."""
 
     batches = (1, 8)
+    serves = True
 
     def __init__(self, bundle: Path) -> None:
         import hasten
@@ -61,6 +62,20 @@ class Loaded(DecoderSetting):
         logits = self._decoder.step(self._next, self._lengths)
         self._lengths = [length + 1 for length in self._lengths]
         self._next = logits.argmax(-1).tolist()
+
+    def serve(self, prompts: Sequence[Ids], steps: Sequence[int]) -> None:
+        """The loop that `generate` and the engine run on."""
+        from runtimes.generate.loop import Job, Loop, Request
+        from runtimes.generate.sampling import Sampling
+
+        job = Job(Sampling(), end=frozenset())
+        loop = Loop(self._model.decoder(len(prompts), _CAPACITY), self._model.encoder.vocabulary)
+        requests = [
+            Request(tuple(prompt.tolist()), limit, job, number)
+            for number, (prompt, limit) in enumerate(zip(prompts, steps, strict=True))
+        ]
+        for _ in loop.run(requests):
+            pass
 
 
 if __name__ == "__main__":

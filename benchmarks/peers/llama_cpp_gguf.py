@@ -77,6 +77,7 @@ class Loaded(DecoderSetting):
     """A context of llama.cpp, driven without Python objects per token."""
 
     batches = (1, 8)
+    serves = True
 
     def __init__(self, path: Path, *, repack: bool) -> None:
         import llama_cpp
@@ -113,6 +114,31 @@ class Loaded(DecoderSetting):
             self._put(row, token, row, last=True)
         self._decode()
         self._next = [self._best(row) for row in range(len(self._next))]
+
+    def serve(self, prompts: Sequence[Ids], steps: Sequence[int]) -> None:
+        """As its server does: each call takes a token of every text that is written, and as much of prompts as fits."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        self._lengths = [0] * len(prompts)
+        unread = [prompt.tolist() for prompt in prompts]
+        left, last = list(steps), [-1] * len(prompts)
+        while any(left):
+            count = 0
+            asked: dict[int, int] = {}
+            for row, token in enumerate(last):
+                if token >= 0 and left[row]:
+                    self._put(count, token, row, last=True)
+                    asked[row], count = count, count + 1
+            for row, tokens in enumerate(unread):
+                taken, unread[row] = tokens[: 512 - count], tokens[512 - count :]
+                for index, token in enumerate(taken):
+                    self._put(count + index, token, row, last=not unread[row] and index == len(taken) - 1)
+                count += len(taken)
+                if taken and not unread[row]:
+                    asked[row] = count - 1
+            self._batch.n_tokens = count
+            self._decode()
+            for row, place in asked.items():
+                last[row], left[row] = self._best(place), left[row] - 1
 
     def _prompt(self, row: int, tokens: list[int]) -> int:
         for start in range(0, len(tokens), 512):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import psutil
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from artifacts.errors import DataError
 from passes.statistics import Activation, Moments, NotFiniteError
 from runtimes.environment import onnxruntime as ort
+from runtimes.environment import physical_cores
 
 from ..graphs import GraphFolder
 from .batches import DATA, Batch, Batches, Survey, place, survey
@@ -49,7 +53,7 @@ class Calibrator:
             are not in the folder yet are read once more to be written there.
         cache: Keep statistics in the user's cache folder, and look for them there.
         seed: Which rows the samples draw.
-        threads: Threads within an operator; 0: the physical cores this process may use.
+        threads: Threads within an operator, and values seen at a time; 0: the physical cores this process may use.
         announce: Told what goes on, and the share of the observation that is done.
     """
 
@@ -137,7 +141,9 @@ class Calibrator:
         at_once = weights_at_once(self.memory)
         apart = self.batches.rows_apart
         footprint = measure(model, values, found, self.folder, rows_apart=apart, threads=self.threads, at_once=at_once)
-        groups = plan(footprint, found, self.memory, statistic, results.held)
+        cores = self.threads or physical_cores()
+        groups = plan(footprint, found, self.memory, statistic, results.held, cores)
+        before = _resident()
         for turn, group in enumerate(groups):
             progress = _Progress(self.announce, found.examples * len(groups), found.examples * turn)
             chosen = [values[index] for index in group.values]
@@ -145,7 +151,7 @@ class Calibrator:
                 (results.begin(_name(value)), not footprint.channels[index])
                 for index, value in zip(group.values, chosen, strict=True)
             ]
-            self._pass(model, chosen, group, seen, progress)
+            self._pass(model, chosen, group, seen, progress, min(cores, len(seen)), before + group.spare)
             seen.clear()  # or accumulators would be there beside their results
             for value in chosen:
                 _finish(results, _name(value))
@@ -159,17 +165,33 @@ class Calibrator:
         group: Group,
         seen: Sequence[tuple[Accumulator, bool]],
         progress: _Progress,
+        workers: int,
+        full: int,
     ) -> None:
-        """Show every batch to the accumulators of the values; beside each, whether it sees one channel."""
+        """Show every batch to the accumulators of the values; beside each, whether it sees one channel.
+
+        So many values are seen at a time, each on its own core: a product of two matrices of some hundred columns
+        leaves a second core little to do. From so many resident bytes on, what is free goes back after each batch;
+        below, it stays for the next one: to ask for it anew costs as much time as the operators take.
+        """
         graph = instrument(model, values)
-        at_once = weights_at_once(self.memory)
-        with SegmentedSession(graph, self.folder, at_once=at_once, threads=self.threads) as session:
+        at_once, roomy = weights_at_once(self.memory), 2 * group.spare > self.memory
+        with (
+            SegmentedSession(graph, self.folder, at_once=at_once, threads=self.threads, roomy=roomy) as session,
+            threadpool_limits(1 if workers > 1 else None, "blas"),
+            ThreadPoolExecutor(workers) as pool,
+        ):
             for batch in _parts(self.batches.fitted(model.graph.inputs), group.elements):
                 outputs = session.run(batch)
                 # Each is let go as soon as it is seen.
-                for accumulator, one_channel in reversed(seen):
-                    _see(accumulator, outputs.pop(), batch, one_channel=one_channel)
-                give_back()
+                seeing = [
+                    pool.submit(_see, accumulator, outputs.pop(), batch, one_channel=one_channel)
+                    for accumulator, one_channel in reversed(seen)
+                ]
+                for one in seeing:
+                    one.result()
+                if _resident() > full:
+                    give_back()
                 progress.add(len(batch.examples))
 
     def _survey(self, model: ir.Model) -> Survey:
@@ -227,6 +249,11 @@ def _see(accumulator: Accumulator, output: NDArray[np.float32], batch: Batch, *,
         raise DataError(f"{accumulator.name} is {error.number} for {which}", "Leave it out") from error
     except ValueError as error:
         raise DataError(f"{error}: {place(batch.examples)}", "Give examples of one shape") from error
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _finish(results: Results[Any], name: str) -> None:

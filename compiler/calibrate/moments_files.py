@@ -8,6 +8,7 @@ equals what was gathered: both were in such a file.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.lib import format as npy
@@ -33,6 +34,7 @@ MOST_BYTES = 2 << 30
 """Size of all that is kept; the oldest goes first. Those of a decoder of half a billion parameters are 1.2 GB."""
 _KIND = "moments"
 _SECOND = "second"
+_BUFFER = 1 << 18
 
 
 class MomentsFiles(Results[Moments]):
@@ -136,7 +138,8 @@ def _write(path: Path, seen: MomentsAccumulator) -> None:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
                 npy.write_array(file, array, allow_pickle=False)
-        with archive.open(f"{_SECOND}.npy", "w", force_zip64=True) as file:
+        entry = cast("io.RawIOBase", archive.open(f"{_SECOND}.npy", "w", force_zip64=True))
+        with entry, io.BufferedWriter(entry, _BUFFER) as file:
             shape = (channels * (channels + 1) // 2,)
             descr = npy.dtype_to_descr(np.dtype(np.float32))
             npy.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})

@@ -27,14 +27,16 @@ class Group:
     Attributes:
         values: Their indices.
         elements: Elements of the feeds of a batch, at most; a single example may have more.
+        spare: Bytes of the cap that such a batch leaves at its height.
     """
 
     values: tuple[int, ...]
     elements: int
+    spare: int = 0
 
 
 def plan(
-    footprint: Footprint, found: Survey, memory: int, statistic: Statistic[Any], held: int = 0
+    footprint: Footprint, found: Survey, memory: int, statistic: Statistic[Any], held: int = 0, workers: int = 1
 ) -> tuple[Group, ...]:
     """Groups that fit: as few as can be, and then with batches as large as can be.
 
@@ -47,11 +49,12 @@ def plan(
         memory: Bytes that may be taken.
         statistic: What is gathered.
         held: Bytes of statistics that are there already.
+        workers: Values that are seen at a time, where there are as many.
 
     Raises:
         UsageError: One value and one example do not fit; says what would.
     """
-    budget = _Budget(footprint, found, memory, statistic, held)
+    budget = _Budget(footprint, found, memory, statistic, held, workers)
     every = range(len(footprint.values))
     least = max(budget.least(value) for value in every)
     if least > memory:
@@ -66,7 +69,7 @@ def plan(
             groups[-1] = (*groups[-1], value)
         else:
             groups.append((value,))
-    return tuple(Group(values, budget.largest(values)) for values in groups)
+    return tuple(budget.group(values) for values in groups)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,13 @@ class _Budget:
     memory: int
     statistic: Statistic[Any]
     held: int
+    workers: int
 
-    def largest(self, values: Sequence[int]) -> int:
+    def group(self, values: tuple[int, ...]) -> Group:
         limit = max(examples * elements for examples, elements in self.found.shapes)
         while limit > 1 and self.need(values, limit) > self.memory:
             limit //= 2
-        return limit
+        return Group(values, limit, max(0, self.memory - int(self.need(values, limit))))
 
     def least(self, value: int) -> float:
         """The smallest cap under which one value and one example fit."""
@@ -110,5 +114,7 @@ class _Budget:
         counted = [
             max(1, channels) for channels in (known if self.statistic.stays else [known[value] for value in values])
         ]
-        held = sum(self.statistic.held(channels) for channels in counted)
-        return held + max(self.statistic.besides(channels) for channels in counted)
+        besides = sorted((self.statistic.besides(channels) for channels in counted), reverse=True)
+        # Of results that stay, the ones of this pass are not told from the others: the widest are taken.
+        at_once = min(self.workers, len(values))
+        return sum(self.statistic.held(channels) for channels in counted) + sum(besides[:at_once])

@@ -74,7 +74,14 @@ class SegmentedSession:
     """
 
     def __init__(
-        self, model: ir.Model, folder: GraphFolder, *, at_once: int, threads: int = 0, profile: Path | None = None
+        self,
+        model: ir.Model,
+        folder: GraphFolder,
+        *,
+        at_once: int,
+        threads: int = 0,
+        profile: Path | None = None,
+        roomy: bool = False,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -84,8 +91,10 @@ class SegmentedSession:
             at_once: Bytes of weights of a segment, at most; a single operator may have more.
             threads: See `CalibrationSession`.
             profile: See `CalibrationSession`.
+            roomy: See `CalibrationSession`.
         """
         self._model, self._folder, self._threads, self._profile = model, folder, threads, profile
+        self._roomy = roomy
         self._outputs = [str(value.name) for value in model.graph.outputs]
         self._segments = list(_split(model, at_once))
         self._open: CalibrationSession | None = None
@@ -130,7 +139,7 @@ class SegmentedSession:
         session = self._open
         if session is None:
             path = self._saved(segment, batch.feeds)
-            session = CalibrationSession(path, threads=self._threads, profile=self._profile)
+            session = CalibrationSession(path, threads=self._threads, profile=self._profile, roomy=self._roomy)
         outputs = session.run(batch)
         if len(self._segments) == 1:
             self._open = session

@@ -30,7 +30,7 @@ class Statistic(Protocol[Seen]):
         ...
 
     def besides(self, channels: int) -> int:
-        """Bytes that one value at a time takes besides, while it is seen and while its result is made."""
+        """Bytes that a value takes besides, while it is seen and while its result is made."""
         ...
 
     def results(self, names: Sequence[str], folder: Path) -> Results[Seen]:

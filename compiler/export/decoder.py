@@ -84,7 +84,7 @@ def _config(source: ModelSource) -> Any:
         raise SourceError(what, "Download the model again") from error
 
 
-def _load(source: ModelSource) -> Any:
+def load_original(source: ModelSource) -> Any:
     """The model in float32, with the attention of its own source file.
 
     Raises:
@@ -148,7 +148,7 @@ def _streamed(source: ModelSource, config: Any, layers: tuple[Layer, ...], check
 
 def _loaded(source: ModelSource, layers: tuple[Layer, ...], check: Check) -> Made:
     """The graph of a model that is loaded: of a few layers repeated, or where that is not torch's model, of all."""
-    torch_model = _load(source)
+    torch_model = load_original(source)
     reference = TorchDecoder(torch_model)
     parameters = {name: tensor.detach().numpy() for name, tensor in torch_model.state_dict(keep_vars=True).items()}
     stack = plan_stack(torch_model, layers)

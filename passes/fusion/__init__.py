@@ -15,6 +15,7 @@ from .fuse_rotary import FuseRotary
 from .fuse_silu import FuseSilu
 from .fuse_skip_layer_norm import FuseSkipLayerNorm
 from .fuse_transpose import FuseTranspose
+from .hoist_gather import HoistGather
 from .order_columns import OrderColumns
 from .pack_attention import PackAttention
 from .pack_products import PackProducts
@@ -34,6 +35,7 @@ __all__ = [
     "FuseSilu",
     "FuseSkipLayerNorm",
     "FuseTranspose",
+    "HoistGather",
     "OrderColumns",
     "PackAttention",
     "PackProducts",

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from passes.affine import (
     Affine,
@@ -20,6 +21,7 @@ from passes.affine import (
     refill,
 )
 from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.origins import scale_origins
 from passes.shapes import dims_of
 from passes.sites import constant_of, linear_sites
 from passes.splice import label, take_place
@@ -117,6 +119,7 @@ def _fold(match: _Match) -> str:
     if weight is None or (tensor is not None and shift is None):
         return "the scaled numbers leave the range of float32"
     put_matrix(site, weight)
+    scale_origins(site.node, site.shape[1], _factor(match))
     if bias is not None and shift is not None:
         refill(bias, shift)
     node, value = match.node, match.path[0]
@@ -137,3 +140,9 @@ def _scaled(match: _Match, array: Floats) -> Floats | None:
     with np.errstate(over="ignore", under="ignore"):
         scaled = array * factor if match.node.op_type == "Mul" else array / factor
     return scaled if keeps_precision(array, scaled) else None
+
+
+def _factor(match: _Match) -> NDArray[np.float64]:
+    """What the columns are multiplied by, in float64."""
+    factor = np.asarray([] if (tensor := constant_of(match.scale)) is None else tensor.numpy(), np.float64)
+    return factor if match.node.op_type == "Mul" else 1.0 / factor

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from passes.affine import Affine, affine_of, constant_floats, matrix_of, put_matrix, read_only_by, refill
 from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.origins import sort_origins
 from passes.shapes import Dim, Dims, dims_of, last_dim
 from passes.sites import constant_of, linear_sites
 from passes.splice import Names, add_constant, label, new_node, new_value, take_place
@@ -153,6 +154,7 @@ def _sort(graph: ir.Graph, names: Names, columns: _Columns) -> None:
     affine, order = columns.affine, np.concatenate(columns.taken)
     if not np.array_equal(order, np.arange(order.size)):
         put_matrix(affine.site, matrix_of(affine.site)[:, order])
+        sort_origins(affine.site.node, order)
         bias = constant_floats(affine.bias, order.size)
         if affine.bias is not None and bias is not None:
             refill(affine.bias, bias[order])

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from passes.affine import Affine, affine_of, read_only_by
 from passes.base import Context, Effect, Outcome, Purpose, Refusal
 from passes.deferred import side_by_side
+from passes.origins import Origin, origins_of, set_origins
 from passes.sites import constant_of, linear_sites
 from passes.splice import Names, add_constant, label, new_value, take_place
 from passes.surgery import build, copy_path, opset, remove_dead
@@ -89,6 +90,7 @@ def _pack(graph: ir.Graph, names: Names, members: Sequence[Affine]) -> None:
     base, dtype = str(site.output.name), held.dtype
     source = site.node.inputs[0]
     nodes = [build("MatMul", [source, held], like=site.node, name=names.fresh(f"{base}.packed"), dtype=dtype)]
+    set_origins(nodes[0], _origins([(member.site.node, member.site.shape[1]) for member in members]))
     biases = [tensor.numpy() for member in members if (tensor := constant_of(member.bias)) is not None]
     if biases and members[0].bias is not None:
         bias = add_constant(graph, names.fresh(f"{members[0].bias.name}.packed"), np.concatenate(biases))
@@ -109,8 +111,15 @@ def _side_by_side(graph: ir.Graph, name: str, members: Sequence[Affine]) -> ir.V
     return value
 
 
+def _origins(products: Sequence[tuple[ir.Node, int]]) -> list[Origin]:
+    """Of the columns of products behind each other; none where one's are not known."""
+    found = [origins_of(node, columns) for node, columns in products]
+    return [one for origins in found for one in origins] if all(found) else []
+
+
 def _pack_blocks(graph: ir.Graph, names: Names, nodes: Sequence[ir.Node]) -> None:
     packed = pack_blocks(graph, names, nodes)
+    set_origins(packed, _origins([(node, columns_of(node)) for node in nodes]))
     graph.insert_before(nodes[0], packed)
     _split(graph, names, [packed], [node.outputs[0] for node in nodes], [columns_of(node) for node in nodes])
 

@@ -12,10 +12,9 @@ from passes.base import Context, Effect, Outcome, Purpose
 from passes.quantize.linear import Selection
 from passes.splice import Names
 
-from .heads_attention import Attention, attentions
-from .prune_kv_heads import groups_of
-from .structure import BlockedError, is_marked
-from .structure_prune import Amount, Structure, prune_structures
+from .heads_attention import Attention
+from .prune_kv_heads import groups_of, prune_attentions
+from .structure_prune import Amount, Structure
 
 WHAT = "heads"
 
@@ -62,20 +61,8 @@ class PruneHeads:
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Prune the attentions of ``model`` in place; counts them. A second run changes 0."""
-        found, refused = attentions(model, Selection(self.skip, self.only))
-        names = Names(model.graph)
-        structures = []
-        for one in found:
-            if is_marked(one.node, WHAT):
-                continue
-            try:
-                structures.append(_of_heads(model.graph, names, one))
-            except BlockedError as error:
-                refused.append(error.refusal)
-        outcome = prune_structures(
-            model, context, structures, Amount(self.ratio, self.repair, self.uniform), WHAT, names
-        )
-        return Outcome(outcome.changed, (*refused, *outcome.refused))
+        amount = Amount(self.ratio, self.repair, self.uniform)
+        return prune_attentions(model, context, Selection(self.skip, self.only), amount, WHAT, _of_heads)
 
 
 def _of_heads(graph: ir.Graph, names: Names, one: Attention) -> Structure:

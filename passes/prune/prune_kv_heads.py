@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from passes.base import Context, Effect, Outcome, Purpose, Refusal
+from passes.base import Context, Effect, Outcome, Purpose
 from passes.quantize.linear import Selection
-from passes.splice import Names, label
+from passes.splice import Names
 
 from .heads_attention import Attention, attentions, check_cache
 from .structure import BlockedError, is_marked
@@ -53,23 +54,40 @@ class PruneKvHeads:
 
     def run(self, model: ir.Model, context: Context) -> Outcome:
         """Prune the attentions of ``model`` in place; counts them. A second run changes 0."""
-        found, refused = attentions(model, Selection(self.skip, self.only))
-        names = Names(model.graph)
-        structures = []
-        for one in found:
-            if is_marked(one.node, WHAT) or one.node.op_type != "GroupQueryAttention":
-                continue
-            if one.kv_heads == 1:
-                refused.append(Refusal(label(one.node), "it has one KV head"))
-                continue
-            try:
-                structures.append(groups_of(model.graph, names, one))
-            except BlockedError as error:
-                refused.append(error.refusal)
-        outcome = prune_structures(
-            model, context, structures, Amount(self.ratio, self.repair, self.uniform), WHAT, names
-        )
-        return Outcome(outcome.changed, (*refused, *outcome.refused))
+        amount = Amount(self.ratio, self.repair, self.uniform)
+        return prune_attentions(model, context, Selection(self.skip, self.only), amount, WHAT, _of_kv_heads)
+
+
+def _of_kv_heads(graph: ir.Graph, names: Names, one: Attention) -> Structure | None:
+    if one.node.op_type != "GroupQueryAttention":
+        return None
+    if one.kv_heads == 1:
+        raise BlockedError(one.node, "it has one KV head")
+    return groups_of(graph, names, one)
+
+
+def prune_attentions(
+    model: ir.Model,
+    context: Context,
+    selection: Selection,
+    amount: Amount,
+    what: str,
+    form: Callable[[ir.Graph, Names, Attention], Structure | None],
+) -> Outcome:
+    """Prune, in place, what ``form`` sees in the attentions that are not marked ``what`` yet; None is left alone."""
+    found, refused = attentions(model, selection)
+    names = Names(model.graph)
+    structures = []
+    for one in found:
+        if is_marked(one.node, what):
+            continue
+        try:
+            structures.append(form(model.graph, names, one))
+        except BlockedError as error:
+            refused.append(error.refusal)
+    seen = [structure for structure in structures if structure is not None]
+    outcome = prune_structures(model, context, seen, amount, what, names)
+    return Outcome(outcome.changed, (*refused, *outcome.refused))
 
 
 def groups_of(graph: ir.Graph, names: Names, one: Attention) -> Structure:

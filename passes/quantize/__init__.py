@@ -6,6 +6,7 @@ from .dynamic_int8 import DynamicInt8
 from .int8_additions import Int8Additions
 from .int8_embeddings import Int8Embeddings
 from .int8_products import Int8Products
+from .prompt_int8 import PromptInt8
 from .smooth import Smooth
 from .static_int8 import StaticInt8
 from .weight_int8 import WeightInt8
@@ -18,6 +19,7 @@ __all__ = [
     "Int8Additions",
     "Int8Embeddings",
     "Int8Products",
+    "PromptInt8",
     "Smooth",
     "StaticInt8",
     "WeightInt8",

@@ -121,6 +121,16 @@ def pack(codes: Codes, bits: int) -> Codes:
     return packed
 
 
+def unpack(packed: Codes, bits: int, count: int) -> Codes:
+    """The codes that `pack` put side by side, uint8 [..., count]."""
+    each = _BYTE // bits
+    if each == 1:
+        return packed[..., :count]
+    parts = [(packed >> np.uint8(bits * place)) & np.uint8((1 << bits) - 1) for place in range(each)]
+    codes: Codes = np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
+    return codes
+
+
 def cut(weight: Floats, block: int) -> Floats:
     """``W [K, N]`` in blocks, float32 [N, ceil(K / block), block]; padded with zeros, which any grid holds exactly."""
     rows, columns = weight.shape

@@ -32,29 +32,30 @@ def clipped_steps(blocks: Floats, grid: Grid, importance: Floats | None = None) 
         grid: What to round to.
         importance: float32, not negative, broadcastable to ``blocks``; None for all alike.
     """
-    best = nearest_steps(blocks, grid)
-    most = np.full(best.scale.shape, -1, np.float32)
-    room = np.empty_like(blocks)
-    for steps in _candidates(blocks, grid):
-        explained, scale = _fit(blocks, steps, grid, importance, room)
-        better = explained > most
-        most = np.where(better, explained, most)
-        best = Steps(np.where(better, scale, best.scale), np.where(better, steps.zero, best.zero))
-    return best
+    full = nearest_steps(blocks, grid)
+    scale, zero = full.scale, full.zero
+    most = np.full(scale.shape, -1, np.float32)
+    room = (np.empty_like(blocks), np.empty_like(blocks))
+    for steps in _candidates(blocks, grid, full):
+        for explained, fitted in _fits(blocks, steps, grid, importance, room):
+            better = explained > most
+            most = np.where(better, explained, most)
+            scale, zero = np.where(better, fitted, scale), np.where(better, steps.zero, zero)
+    return Steps(scale, zero)
 
 
 def refitted(blocks: Floats, steps: Steps, grid: Grid) -> Steps:
     """The scale that suits the codes of the blocks best; their zero stays."""
-    return Steps(_fit(blocks, steps, grid, None, np.empty_like(blocks))[1], steps.zero)
+    room = (np.empty_like(blocks), np.empty_like(blocks))
+    return Steps(next(_fits(blocks, steps, grid, None, room))[1], steps.zero)
 
 
-def _candidates(blocks: Floats, grid: Grid) -> Iterator[Steps]:
+def _candidates(blocks: Floats, grid: Grid, full: Steps) -> Iterator[Steps]:
+    """Ranges to try; symmetric ones with one sign of the scale, `_fits` tries the other."""
     parts = _PARTS_8 if grid.bits == 8 else _PARTS
-    full = nearest_steps(blocks, grid)
     if grid.symmetric:
         for part in parts:
             yield Steps(full.scale * np.float32(part), full.zero)
-            yield Steps(full.scale * np.float32(-part), full.zero)
         return
     low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
     for part in parts:
@@ -64,18 +65,31 @@ def _candidates(blocks: Floats, grid: Grid) -> Iterator[Steps]:
             yield Steps(scale, np.clip(np.rint(-bottom / scale), 0, grid.top).astype(np.float32))
 
 
-def _fit(blocks: Floats, steps: Steps, grid: Grid, importance: Floats | None, room: Floats) -> tuple[Floats, Floats]:
+def _fits(
+    blocks: Floats, steps: Steps, grid: Grid, importance: Floats | None, room: tuple[Floats, Floats]
+) -> Iterator[tuple[Floats, Floats]]:
     """How much of ``<w, w>`` the codes of these steps explain at their best scale, and that scale; both [...].
 
-    ``room`` is of the shape of ``blocks`` and is overwritten: memory that is new for each candidate would cost more
-    than what is computed in it.
+    Symmetric: then the same of the negative scale. Its codes less their zero are those of the positive one, negated:
+    one division serves both, and what differs is the end that has a code more.
+
+    ``room`` is of the shape of ``blocks``, twice, and is overwritten: memory that is new for each candidate would cost
+    more than what is computed in it.
     """
-    centred = np.rint(np.divide(blocks, steps.scale[..., None], out=room), out=room)
+    places = np.rint(np.divide(blocks, steps.scale[..., None], out=room[0]), out=room[0])
     # The codes less their zero: those are what `encode` gives.
     low = -float(grid.middle) if grid.symmetric else -steps.zero[..., None]
-    centred = np.clip(centred, low, low + grid.top, out=room)
+    yield _fit(blocks, np.clip(places, low, low + grid.top, out=room[1]), steps.scale, importance)
+    if grid.symmetric:
+        negated = np.clip(places, 1.0 - grid.middle, float(grid.middle), out=room[1])
+        explained, scale = _fit(blocks, negated, steps.scale, importance)
+        yield explained, -scale
+
+
+def _fit(blocks: Floats, centred: Floats, scale: Floats, importance: Floats | None) -> tuple[Floats, Floats]:
+    """What codes less their zero explain at their best scale, and that scale; ``scale`` where it would be 0."""
     weighted = centred if importance is None else centred * importance
     square = np.einsum("...b,...b->...", weighted, centred)
     product = np.einsum("...b,...b->...", weighted, blocks)
-    scale = product / np.where(square > 0, square, np.float32(1))
-    return product * scale, np.where(scale == 0, steps.scale, safe(scale))
+    best = product / np.where(square > 0, square, np.float32(1))
+    return product * best, np.where(best == 0, scale, safe(best))

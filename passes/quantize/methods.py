@@ -14,7 +14,7 @@ from .clipping import clipped_steps
 from .gptq import gptq
 from .hqq import half_quadratic_steps
 
-_ELEMENTS = 1 << 18
+_ELEMENTS = 1 << 17
 """Elements that are worked on together: what is made of them on the way stays in the cache of a core."""
 
 

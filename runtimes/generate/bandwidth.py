@@ -24,6 +24,8 @@ _PASSES = 5
 def weight_bytes(model: Path) -> int:
     """Bytes of weights that a step of a graph reads whole; tables that only rows are read of are left out.
 
+    Of an If, as the pass prompt-int8 leaves it, a step takes the else-branch.
+
     Args:
         model: The ``.onnx`` file. Weights in external data are counted from what it says of them, and not read.
 
@@ -35,24 +37,35 @@ def weight_bytes(model: Path) -> int:
     try:
         with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             graphs = [(a, b) for field, a, b in fields(data, 0, len(data)) if field == 7]
-            for field, start, end in (one for graph in graphs for one in fields(data, *graph)):
-                if field == 1:
-                    operator, inputs = _node(data, start, end)
-                    for name in inputs:
-                        readers.setdefault(name, set()).add(operator)
-                elif field == 5:
-                    name, size = _initializer(data, start, end)
-                    sizes[name] = size
+            while graphs:
+                for field, start, end in fields(data, *graphs.pop()):
+                    if field == 1:
+                        operator, inputs, branch = _node(data, start, end)
+                        graphs += branch
+                        for name in inputs:
+                            readers.setdefault(name, set()).add(operator)
+                    elif field == 5:
+                        name, size = _initializer(data, start, end)
+                        sizes[name] = size
     except (OSError, ValueError, IndexError) as error:
         raise ProviderError(f"{model.name} is not an ONNX model: {error}") from error
     return sum(size for name, size in sizes.items() if readers.get(name, set()) - _ROW_READERS)
 
 
-def _node(data: mmap.mmap, start: int, end: int) -> tuple[str, list[str]]:
-    # NodeProto: input = 1, op_type = 4
-    parts = [(field, data[a:b]) for field, a, b in fields(data, start, end) if field in (1, 4)]
-    operator = next((text.decode() for field, text in parts if field == 4), "")
-    return operator, [text.decode() for field, text in parts if field == 1]
+def _node(data: mmap.mmap, start: int, end: int) -> tuple[str, list[str], list[tuple[int, int]]]:
+    """Operator, inputs, and where the graph of its else-branch lies, if it has one."""
+    # NodeProto: input = 1, op_type = 4, attribute = 5; AttributeProto: name = 1, g = 6
+    operator, inputs, branch = "", [], []
+    for field, a, b in fields(data, start, end):
+        if field == 1:
+            inputs.append(data[a:b].decode())
+        elif field == 4:
+            operator = data[a:b].decode()
+        elif field == 5:
+            parts = [(key, c, d) for key, c, d in fields(data, a, b) if key in (1, 6)]
+            if any(key == 1 and data[c:d] == b"else_branch" for key, c, d in parts):
+                branch += [(c, d) for key, c, d in parts if key == 6]
+    return operator, inputs, branch
 
 
 def _initializer(data: mmap.mmap, start: int, end: int) -> tuple[str, int]:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from .cache import check_memory
 from .decoder import Decoder, Floats
 from .detokenize import Vocabulary, detokenize
-from .loop import Job, Request
 from .results import Finish, Generated, log_softmax
+from .rows import Request
 from .sampling import Sampler
 
 _NEVER = -1.0e9
@@ -43,28 +43,31 @@ class BeamSearch:
     Args:
         decoder: With as many slots as beams.
         vocabulary: Of the tokenizer.
-        job: What is asked; ``n`` texts are returned. Nothing is drawn; penalties and bias change the scores.
         length_penalty: Power of the length that a score is divided by: above 0 favours long texts.
     """
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, job: Job, *, length_penalty: float) -> None:
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, *, length_penalty: float) -> None:
         self._decoder = decoder
         self._vocabulary = vocabulary
-        self._job = job
         self._beams = decoder.cache.rows
         self._power = length_penalty
 
     def search(self, request: Request) -> list[Generated]:
-        """The best texts, from the best down; at most ``job.n``.
+        """The best texts, from the best down; at most ``n`` of the request's job.
+
+        Nothing is drawn; penalties and bias change the scores.
 
         Raises:
             UsageError: The texts have grown beyond the memory.
             ProviderError: ONNX Runtime failed.
         """
         prompt = request.prompt
-        first = self._decoder.prefill(0, [prompt], stop=lambda: self._job.interrupted() is not None)
+        adapter = request.job.adapter
+        first = self._decoder.prefill(
+            0, [prompt], stop=lambda: request.job.interrupted() is not None, adapters=[adapter]
+        )
         if first is None:
-            return [self._text(_Beam((), 0.0), request, self._job.interrupted() or "cancelled")]
+            return [self._text(_Beam((), 0.0), request, request.job.interrupted() or "cancelled")]
         self._decoder.cache.reorder([0] * self._beams, len(prompt))
         running = [_Beam((), 0.0 if index == 0 else _NEVER, index) for index in range(self._beams)]
         ended: list[_Beam] = []
@@ -74,15 +77,16 @@ class BeamSearch:
             ended = self._best([*ended, *(one for one in candidates[: self._beams] if one.finish is not None)])
             running = [one for one in candidates if one.finish is None][: self._beams]
             if not running or not self._may_improve(running, ended):
-                return [self._text(one, request) for one in ended[: self._job.n]]
-            if (why := self._job.interrupted()) is not None:
-                return [self._text(one, request, why) for one in (ended or running)[: self._job.n]]
+                return [self._text(one, request) for one in ended[: request.job.n]]
+            if (why := request.job.interrupted()) is not None:
+                return [self._text(one, request, why) for one in (ended or running)[: request.job.n]]
             # Fewer go on where the vocabulary is that small: the last one fills the other slots, and cannot win.
             running += [_Beam(running[-1].tokens, _NEVER, running[-1].source)] * (self._beams - len(running))
             length = len(prompt) + len(running[0].tokens) - 1
             self._make_room(length)
             self._decoder.cache.reorder([one.source for one in running], length)
-            logits = self._decoder.step([one.tokens[-1] for one in running], [length] * self._beams)
+            last = [one.tokens[-1] for one in running]
+            logits = self._decoder.step(last, [length] * self._beams, [adapter] * self._beams)
 
     def _make_room(self, length: int) -> None:
         """A larger cache where the beams, all of one length, have reached the end of their slots."""
@@ -98,20 +102,20 @@ class BeamSearch:
             self._adjust(scores[slot], request, one)
             scores[slot] += one.score
         flat = scores.reshape(-1)
-        count = min(max(2, 1 + len(self._job.end)) * self._beams, len(flat))
+        count = min(max(2, 1 + len(request.job.end)) * self._beams, len(flat))
         best = np.argpartition(-flat, count - 1)[:count]
         found: list[_Beam] = []
         for place in best[np.lexsort((best, -flat[best]))]:
             slot, token = divmod(int(place), self._decoder.vocabulary)
             tokens = (*running[slot].tokens, token)
             finish: Finish | None = "length" if len(tokens) >= request.limit else None
-            finish = "stop" if token in self._job.end else finish
+            finish = "stop" if token in request.job.end else finish
             score = float(flat[place]) / (len(tokens) ** self._power if finish else 1.0)
             found.append(_Beam(tokens, score, slot, finish))
         return found
 
     def _adjust(self, scores: Doubles, request: Request, beam: _Beam) -> None:
-        sampler = Sampler(self._job.sampling, request.prompt)
+        sampler = Sampler(request.job.sampling, request.prompt)
         for token in beam.tokens:
             sampler.add(token)
         sampler.adjust(scores)

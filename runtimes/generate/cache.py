@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ def check_memory(layout: CacheLayout, rows: int, capacity: int, free: int | None
 
 
 def rows_that_fit(layout: CacheLayout, rows: int, capacity: int, free: int | None = None) -> int:
-    """How many of ``rows`` texts fit at once, at least 1; see `check_memory`."""
-    return max(1, min(rows, _room(free) // (capacity * layout.token_bytes)))
+    """How many of ``rows`` texts fit at once, from 0 on; see `check_memory`."""
+    return min(rows, _room(free) // (capacity * layout.token_bytes))
 
 
 def _room(free: int | None) -> int:
@@ -122,13 +122,41 @@ class KVCache:
         for buffer in self._buffers:
             buffer[target, :, :length] = buffer[source, :, :length]
 
-    def grow(self, capacity: int, lengths: Sequence[int]) -> None:
-        """Take larger buffers, and copy the first ``lengths[i]`` tokens of slot i for as many slots as there are."""
-        larger = KVCache(self.layout, self.rows, capacity)
+    def read(self, slot: int, start: int, stop: int) -> NDArray[np.uint8]:
+        """A copy of tokens ``start`` to ``stop`` of a slot, for :meth:`write`; uint8 [tokens * token_bytes]."""
+        block = np.empty((stop - start) * self.layout.token_bytes, np.uint8)
+        for buffer, part in zip(self._buffers, self._parts(block), strict=True):
+            part[...] = buffer[slot, :, start:stop]
+        return block
+
+    def write(self, slot: int, start: int, block: NDArray[np.uint8]) -> None:
+        """Put tokens that :meth:`read` took, of a cache of the same layout, into a slot from ``start`` on."""
+        stop = start + len(block) // self.layout.token_bytes
+        for buffer, part in zip(self._buffers, self._parts(block), strict=True):
+            buffer[slot, :, start:stop] = part
+
+    def _parts(self, block: NDArray[np.uint8]) -> Iterator[NDArray[Any]]:
+        """A block's keys or values of each layer, [heads, tokens, head size]: its own memory."""
+        tokens, start = len(block) // self.layout.token_bytes, 0
+        for _, _, heads, size, dtype in self.layout.tensors:
+            stop = start + heads * tokens * size * dtype.itemsize
+            yield block[start:stop].view(dtype).reshape(heads, tokens, size)
+            start = stop
+
+    def grow(self, capacity: int, lengths: Sequence[int], *, rows: int = 0) -> None:
+        """Take other buffers, and copy the first ``lengths[i]`` tokens of slot i for as many slots as there are.
+
+        Args:
+            capacity: Tokens of each slot.
+            lengths: At most ``rows``, none above either capacity.
+            rows: Slots; 0: as many as there are.
+        """
+        larger = KVCache(self.layout, rows or self.rows, capacity)
         for buffer, old in zip(larger._buffers, self._buffers, strict=True):
             for slot, length in enumerate(lengths):
                 buffer[slot, :, :length] = old[slot, :, :length]
-        self.capacity, self._buffers, self._scratch = larger.capacity, larger._buffers, None
+        self.rows, self.capacity = larger.rows, larger.capacity
+        self._buffers, self._scratch = larger._buffers, None
 
     def reorder(self, sources: Sequence[int], length: int) -> None:
         """Make slot i hold the first ``length`` tokens of what slot ``sources[i]`` held, for all i at once.

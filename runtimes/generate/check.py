@@ -49,9 +49,8 @@ def written_error(session: Session, inputs: Sequence[TensorSpec], golden: Golden
         feeds[spec.name] = np.zeros(shape, np.dtype(spec.dtype))
     wanted = session.run(feeds)["logits"][:, 0]
     decoder = Decoder(session, layout, size, rows=len(rows), capacity=_TOKENS)
-    decoder.prefill(0, [row[:-1] for row in rows])
+    decoder.prefill(0, [rows[0][:1], *(row[:-1] for row in rows[1:])])
     if len(rows[0]) > 2:
-        decoder.prefill(0, [rows[0][:1]])
         decoder.prefill(0, [rows[0][:-1]], start=1)
     return relative_error(decoder.step([row[-1] for row in rows], [len(row) - 1 for row in rows]), wanted)
 

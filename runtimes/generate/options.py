@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from threading import Event
 from typing import Any
@@ -12,10 +12,15 @@ from typing import Any
 from artifacts.errors import UsageError
 from artifacts.manifest import Generation
 
-from .loop import Job
+from .grammars import Form, form_of
 from .reuse import PromptCache
+from .rows import Constraint, Job
 from .sampling import sampling_of
+from .speculate import MOST
 from .stopping import check_stop_ids, check_stops
+
+Constrain = Callable[[Form, Collection[int], Collection[int]], Constraint]
+"""(what a text has to look like, token ids that end it, ids that are never allowed) -> a constraint."""
 
 MOST_TEXTS = 1024
 """Texts of one prompt, and beams."""
@@ -28,7 +33,7 @@ _CHOOSING = (
 RECORD_OPTIONS = (
     *(name for name in _CHOOSING if name != "bias"),
     *("max_new_tokens", "stop", "stop_ids", "n", "beams", "length_penalty", "logprobs", "parse_special"),
-    "template_variables",
+    *("template_variables", "tools", "schema", "regex", "choices", "speculate", "adapter"),
 )
 """Options that a record of `hasten run` may carry."""
 
@@ -59,6 +64,14 @@ class Options:
         seconds: Longest time for the whole call; what was written by then is returned.
         cancel: Set it, from another thread, to end the generation; what was written is returned.
         cache: Of one conversation (`Generator.new_cache`): what it holds of the prompt is not read again.
+        adapter: Name of a LoRA adapter of the bundle; None: the model as it is.
+        schema: JSON schema, as an object or as text, that the text is valid against; True: any JSON object.
+        regex: Regular expression that all of the text matches.
+        choices: Texts, one of which is written.
+        speculate: Guess how the text goes on, and check several tokens in one step where that pays: how many at once,
+            at most 16, or True. It changes the rounding of logits, and thereby a choice between two tokens that are
+            as likely as each other. None: where the model was loaded with a draft.
+        tools: JSON schemas of functions that the model may call, for the chat template; the calls are text.
         template_variables: What the chat template reads beside the messages, such as ``{"enable_thinking": False}``.
         parse_special: Make control tokens of text in the prompt that spells them (``</s>``).
     """
@@ -83,6 +96,12 @@ class Options:
     seconds: float | None = None
     cancel: Event = field(default_factory=Event)
     cache: PromptCache | None = None
+    adapter: str | None = None
+    schema: Mapping[str, object] | str | bool | None = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
+    speculate: bool | int | None = None
+    tools: Sequence[Mapping[str, object]] | None = None
     template_variables: Mapping[str, object] | None = None
     parse_special: bool = False
 
@@ -98,11 +117,17 @@ class Options:
             raise UsageError(f"generate has no option {unknown[0]!r}", f"It has {', '.join(names)}")
         return cls(**{name: value for name, value in given.items() if value is not None})
 
-    def job(self, generation: Generation, vocabulary: int) -> Job:
+    def job(self, generation: Generation, vocabulary: int, constrain: Constrain) -> Job:
         """What the loop has to know; the clock of ``seconds`` starts here.
+
+        Args:
+            generation: Of the model.
+            vocabulary: Tokens that logits are given for.
+            constrain: Compiles schema, regex or choices.
 
         Raises:
             UsageError: An option is out of its range, or contradicts another.
+            InstallationError: schema, regex or choices need a library that is not installed.
         """
         if self.template_variables is not None and not isinstance(self.template_variables, Mapping):
             raise UsageError("template_variables is no mapping", 'Pass {"name": value}')
@@ -125,23 +150,36 @@ class Options:
         told = -1
         if self.logprobs is not None:
             told = counted(self.logprobs, "logprobs", 0, min(_MOST_LOGPROBS, vocabulary))
+        end = frozenset(generation.eos) | check_stop_ids(self.stop_ids, vocabulary)
+        form = form_of(self.schema, self.regex, self.choices)
+        never = [token for token, value in sampling.bias.items() if value == -math.inf]
         return Job(
             sampling=sampling,
-            end=frozenset(generation.eos) | check_stop_ids(self.stop_ids, vocabulary),
+            end=end,
             stop=check_stops(self.stop),
             n=self.n,
             logprobs=told,
             deadline=_deadline(self.seconds),
             cancel=self.cancel,
+            constraint=None if form is None else constrain(form, end, never),
+            speculate=self._most_guesses(),
+            adapter=self.adapter or "",
         )
+
+    def _most_guesses(self) -> int | None:
+        if self.speculate is None or isinstance(self.speculate, bool):
+            return MOST if self.speculate else None if self.speculate is None else 0
+        return counted(self.speculate, "speculate", 0, MOST)
 
     def _check_beams(self) -> None:
         drawing = [name for name in ("sample", "temperature", "top_k", "top_p", "min_p") if getattr(self, name)]
         if drawing:
             raise UsageError(f"beams and {drawing[0]} were both given: beam search draws nothing", "Leave one out")
-        for name in ("cache", "stop", "logprobs"):
+        for name in ("cache", "stop", "logprobs", "schema", "regex", "choices"):
             if getattr(self, name) is not None:
                 raise UsageError(f"beam search has no {name}", f"Leave out {name}, or beams")
+        if self.speculate:
+            raise UsageError("beam search guesses nothing", "Leave out speculate, or beams")
         if self.n > self.beams:
             raise UsageError(f"n is {self.n}, and there are {self.beams} beams", "Pass at least as many beams")
         if not -100.0 <= self.length_penalty <= 100.0:

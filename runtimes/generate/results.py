@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Finish = Literal["stop", "length", "time", "cancelled"]
+from artifacts.errors import HastenError
+
+Finish = Literal["stop", "length", "time", "cancelled", "constraint"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,13 @@ class Generated:
     Attributes:
         text: What was written, without the prompt and without what ended it.
         tokens: Its token ids; an id that ended it is left out, the tokens of a stop string are there.
-        finish: ``stop``: the model or a stop string ended it; ``length``: max_new_tokens or the model's context did;
-            ``time``: the seconds were over; ``cancelled``.
+        finish: ``stop``: the model, a stop string or a constraint that is satisfied ended it; ``length``:
+            max_new_tokens or the model's context did; ``time``: the seconds were over; ``cancelled``; ``constraint``:
+            it is not what was asked for, and no token could make it so.
         prompt_tokens: Tokens of the prompt.
         logprobs: One a token, where they were asked for.
+        drafted: Tokens that were guessed and checked; it depends on measured times.
+        accepted: How many of them were right.
         score: Of a beam: its log-probability over its length to the power of the length penalty; otherwise 0.
     """
 
@@ -51,6 +56,8 @@ class Generated:
     prompt_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     score: float = 0.0
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
 
     def to_dict(self) -> dict[str, object]:
         """As JSON."""
@@ -74,12 +81,44 @@ class Piece:
         prompt: Which prompt of a list, from 0.
         index: Which of the texts of that prompt, from 0.
         result: The whole text, in its last piece; None before.
+        error: Why the texts of the prompt cannot go on; there are no other pieces then. Of a loop for all comers: what
+            `generate` returns has none.
     """
 
     text: str
     prompt: int = 0
     index: int = 0
     result: Generated | None = None
+    error: HastenError | None = None
+
+
+@dataclass(frozen=True)
+class LoopStats:
+    """What a loop does and did.
+
+    Attributes:
+        active: Texts that are being written.
+        reading: Texts whose prompt is being read.
+        waiting: Texts that wait for a slot.
+        read: Tokens of prompts read so far.
+        written: Tokens written so far.
+        hits: Prompts of which the prefix cache held something.
+        saved: Tokens of prompts that were therefore not read.
+        prefix_bytes: Bytes of keys and values in the prefix cache.
+        drafted: Tokens that were guessed and checked.
+        accepted: How many of them were right.
+    """
+
+    active: int
+    reading: int
+    waiting: int
+    read: int
+    written: int
+    hits: int = 0
+    saved: int = 0
+    prefix_bytes: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

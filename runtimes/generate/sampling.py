@@ -24,6 +24,7 @@ Int64 = NDArray[np.int64]
 _FIRST_CUT = 256
 _GROWTH = 8
 _MOST_SEED = 1 << 63
+_MOST_BIAS = 1e30
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,14 @@ class Sampling:
         for token, value in self.bias.items():
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
                 raise UsageError(f"bias is given for token {token}", f"Token ids are 0 to {vocabulary - 1}")
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _addable(value):
                 raise UsageError(f"the bias of token {token} is {value}", "Pass a number, or -inf to forbid it")
         if sum(value == -math.inf for value in self.bias.values()) >= vocabulary:
             raise UsageError("bias forbids every token", "Leave one")
+
+
+def _addable(value: float) -> bool:
+    return value == -math.inf or -_MOST_BIAS <= value <= _MOST_BIAS
 
 
 _RANGES = (

@@ -33,7 +33,7 @@ from ..session import Session
 from .cache import check_memory, layout_of
 from .decoder import Decoder, grouped
 from .detokenize import Vocabulary
-from .loop import Job, Request, Row
+from .rows import Job, Request, Row
 from .sampling import Sampling
 
 _SEED = 22
@@ -99,7 +99,7 @@ class Timer:
         size = int(loaded.manifest.outputs[0].shape[2])
         ids = np.random.default_rng(_SEED).integers(min(_FIRST_ID, size - 1), size, (batch, length))
         job = Job(Sampling(), end=frozenset())
-        return [Row(job, Request(tuple(prompt), steps + 1, 0), 0, vocabulary) for prompt in ids.tolist()]
+        return [Row(Request(tuple(prompt), steps + 1, job), 0, vocabulary) for prompt in ids.tolist()]
 
     def _decoder(self, rows: int, capacity: int) -> Decoder:
         loaded, _ = self._loaded()

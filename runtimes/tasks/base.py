@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from artifacts.bundle import Bundle
 from artifacts.errors import BundleError, DataError, UsageError
 from artifacts.manifest import TensorSpec
 
+from ..closing import Closing
 from ..items import Item
 from ..pipeline import ahead, flow
 from ..pool import Arrays, Runner, SessionPool
@@ -30,7 +30,7 @@ Record = str | Mapping[str, object]
 """A line of input to `hasten run`: a text, or an object with named fields."""
 
 
-class Task(ABC):
+class Task(Closing):
     """A loaded bundle. Each task overrides the one method that is its own; the others say which one that is.
 
     A task is a context manager, and may be used from several threads.
@@ -79,14 +79,6 @@ class Task(ABC):
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.bundle.manifest.name!r}>"
@@ -194,8 +186,9 @@ class TextTask(Task):
             BundleError: The tokenizer fails.
             ProviderError: ONNX Runtime failed.
         """
-        tokens = self._opened().max_tokens if max_tokens is None else max_tokens
-        prepare = partial(self.encoder.prepare, max_tokens=tokens, offsets=offsets)
+        pool = self._opened()
+        tokens = pool.max_tokens if max_tokens is None else max_tokens
+        prepare = partial(self.encoder.prepare, max_tokens=tokens, padding=pool.padding, offsets=offsets)
         return self._flow(ahead(prepare, self.encoder.chunks(items)))
 
     def _flow(self, chunks: Iterable[Sequence[Batch]]) -> Iterator[tuple[Batch, Arrays]]:

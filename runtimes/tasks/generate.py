@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -12,14 +12,20 @@ import numpy as np
 from artifacts.bundle import Bundle
 from artifacts.errors import BundleError, DataError, UsageError
 
+from ..generate.adapters import AdaptedSession, check_adapter
 from ..generate.beam import BeamSearch
 from ..generate.cache import check_memory, layout_of, rows_that_fit
+from ..generate.constrain import Constraints
 from ..generate.decoder import Decoder
-from ..generate.loop import Job, Loop, Request
+from ..generate.draft import Draft
+from ..generate.loop import Loop, Request
 from ..generate.options import RECORD_OPTIONS, Options, counted
+from ..generate.pace import Pace
+from ..generate.prefixes import BLOCK, PrefixCache
 from ..generate.prompts import PromptEncoder, check_ids, check_length, is_integer, is_one, token_ids
 from ..generate.results import Generated, Perplexity, Piece
 from ..generate.reuse import PromptCache
+from ..generate.speculate import Speculator
 from ..pool import Runner
 from ..session import Session
 from .base import Record, Task
@@ -36,6 +42,7 @@ MAX_ROWS = 32
 WINDOW = 512
 """Tokens of a window of `Generator.perplexity`."""
 _FIRST_TOKENS = 512
+_PACE = Pace()
 _MOST = 1 << 53
 
 
@@ -60,6 +67,8 @@ class Generator(Task):
         self.encoder = PromptEncoder(bundle.path / manifest.processor.tokenizer, manifest.generation.bos)
         self.vocabulary = int(manifest.outputs[0].shape[2])
         self.layout = layout_of(session.inputs)
+        self.speculator = Speculator()
+        self._draft: Generator | None = None
 
     @property
     def context(self) -> int:
@@ -83,6 +92,11 @@ class Generator(Task):
                 raise BundleError(f"{path} of {self.bundle.path} cannot be read: {error}") from error
         return ChatTemplate(text, special=self.generation.special, control=self.encoder.control)
 
+    @cached_property
+    def constraints(self) -> Constraints:
+        """What schemas, expressions and choices become."""
+        return Constraints(self.encoder, self.vocabulary)
+
     def generate(self, prompt: object, *, stream: bool = False, **options: Any) -> Any:
         """Write the continuation of a prompt, or the answer to a chat.
 
@@ -101,21 +115,64 @@ class Generator(Task):
             ProviderError: ONNX Runtime failed.
         """
         chosen = Options.of(options)
-        job = chosen.job(self.generation, self.vocabulary)
-        alone = is_one(prompt)
-        given = [prompt] if alone else list(cast("Sequence[object]", prompt))
-        requests = []
-        for index, one in enumerate(given):
-            ids = self._ids(one, chosen)
-            check_length(ids, self.context, self.vocabulary, "the prompt" if alone else f"prompt {index}")
-            most = self.context - len(ids)
-            requests.append(Request(ids, min(chosen.max_new_tokens or most, most), index))
+        requests, alone = self._requests(prompt, chosen), is_one(prompt)
         if chosen.beams > 1:
             if stream:
                 raise UsageError("beam search cannot stream: its texts are known at the end", "Leave out one")
-            return _shaped(self._search(requests, job, chosen), alone, job.n)
-        pieces = self._pieces(requests, job, chosen)
-        return pieces if stream else _shaped(_results(pieces, len(requests), job.n), alone, job.n)
+            return _shaped(self._search(requests, chosen), alone, chosen.n)
+        pieces = self._pieces(requests, chosen)
+        return pieces if stream else _shaped(_results(pieces, len(requests), chosen.n), alone, chosen.n)
+
+    def requests(self, prompt: object, *, first: int = 0, **options: Any) -> list[Request]:
+        """What a `Loop` of one's own is asked for the same texts: a request a prompt.
+
+        Args:
+            prompt: As of `generate`.
+            first: The number of the first prompt; the others follow.
+            options: As of `generate`, but ``beams`` and ``cache``, which a loop for all comers does not have.
+
+        Raises:
+            UsageError: As `generate`.
+            BundleError: As `generate`.
+        """
+        chosen = Options.of(options)
+        for name, given in (("beams", chosen.beams > 1), ("cache", chosen.cache is not None)):
+            if given:
+                raise UsageError(f"{name}: the text would not be written beside others", f"Leave out {name}")
+        return self._requests(prompt, chosen, first)
+
+    def loop(self, slots: int, capacity: int, *, pace: Pace = _PACE, prefix_bytes: int = 0) -> Loop:
+        """Continuous batching for all comers: `requests` says what to add.
+
+        Args:
+            slots: Texts at once.
+            capacity: Tokens of each to make room for at first, prompt included.
+            pace: How reading prompts and writing texts share the time.
+            prefix_bytes: Most bytes of keys and values of prompts to keep for prompts that begin alike; 0: none.
+
+        Raises:
+            UsageError: The cache would not fit; says the most tokens that do.
+        """
+        prefixes = PrefixCache(self.layout, prefix_bytes) if prefix_bytes else None
+        decoder = self.decoder(slots, capacity)
+        return Loop(decoder, self.encoder.vocabulary, pace=pace, prefixes=prefixes, speculator=self.speculator)
+
+    def use_draft(self, draft: Generator, *, close: bool = False) -> None:
+        """Let a smaller model of the same tokenizer guess how texts go on, where none of them runs beside others.
+
+        Args:
+            draft: Loaded; nobody else may use it meanwhile.
+            close: Close it with this one.
+
+        Raises:
+            UsageError: It has another vocabulary.
+        """
+        if self.encoder.plain.get_vocab() != draft.encoder.plain.get_vocab():
+            name = draft.bundle.manifest.name
+            raise UsageError(f"the draft {name} has another vocabulary", "Pass a model of the same tokenizer")
+        size = min(self.vocabulary, draft.vocabulary)
+        self.speculator = Speculator(Draft(partial(draft.decoder, 1), draft.context, size))
+        self._draft = draft if close else None
 
     def perplexity(self, texts: str | Iterable[str] | Sequence[int], *, window: int = WINDOW) -> Perplexity:
         """How well the model predicts texts.
@@ -154,7 +211,8 @@ class Generator(Task):
             UsageError: The cache would not fit; says the most tokens that do.
         """
         check_memory(self.layout, rows, capacity)
-        return Decoder(self._loaded(), self.layout, self.vocabulary, rows=rows, capacity=capacity)
+        adapt = self._opened().adapted
+        return Decoder(self._loaded(), self.layout, self.vocabulary, rows=rows, capacity=capacity, adapt=adapt)
 
     def new_cache(self) -> PromptCache:
         """A cache for the calls of one conversation: ``generate(messages, cache=…)``."""
@@ -166,7 +224,7 @@ class Generator(Task):
         A record may carry options of `generate` (``max_new_tokens``, ``temperature``, ``seed`` …); with ``n`` > 1 its
         row is ``{"texts": [...]}``. ``max_tokens`` bounds how many texts are written at once: so many contexts.
         """
-        parsed = [_record(record) for record in records]
+        parsed = [read_record(record) for record in records]
         groups: dict[str, list[int]] = {}
         for index, (_, options) in enumerate(parsed):
             groups.setdefault(repr(sorted(options.items())), []).append(index)
@@ -180,14 +238,33 @@ class Generator(Task):
     def close(self) -> None:
         """As `Task.close`; ends the child process of the chat template too."""
         super().close()
+        if self._draft is not None:
+            self._draft.close()
+        if "constraints" in self.__dict__:
+            self.constraints.close()
         if "chat_template" in self.__dict__:
             self.chat_template.close()
 
-    def _loaded(self) -> Session:
+    def _loaded(self) -> Session | AdaptedSession:
         session = self._opened().session
-        if not isinstance(session, Session):
+        if not isinstance(session, Session | AdaptedSession):
             raise UsageError("generation needs the model in this process", "Load it with hasten.load")
         return session
+
+    def _requests(self, prompt: object, chosen: Options, first: int = 0) -> list[Request]:
+        if chosen.adapter is not None:
+            check_adapter(self.bundle, chosen.adapter)
+            self._opened().adapted().feeds([chosen.adapter])
+        job = chosen.job(self.generation, self.vocabulary, self.constraints.constraint)
+        alone = is_one(prompt)
+        given = [prompt] if alone else list(cast("Sequence[object]", prompt))
+        requests = []
+        for index, one in enumerate(given):
+            ids = self._ids(one, chosen)
+            check_length(ids, self.context, self.vocabulary, "the prompt" if alone else f"prompt {index}")
+            most = self.context - len(ids)
+            requests.append(Request(ids, min(chosen.max_new_tokens or most, most), job, first + index))
+        return requests
 
     def _ids(self, prompt: object, chosen: Options) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -199,7 +276,7 @@ class Generator(Task):
         sequence = cast("Sequence[object]", prompt)
         if isinstance(sequence[0], Mapping):
             messages = cast("Sequence[Message]", prompt)
-            told = self.chat_template.render(messages, variables=chosen.template_variables)
+            told = self.chat_template.render(messages, tools=chosen.tools, variables=chosen.template_variables)
             return self.encoder.encode_segments(told)
         return token_ids(sequence)
 
@@ -208,23 +285,32 @@ class Generator(Task):
         most = _FIRST_TOKENS if chosen.max_new_tokens is None else self.context
         return max(len(one.prompt) + min(one.limit, most) for one in requests)
 
-    def _pieces(self, requests: list[Request], job: Job, chosen: Options) -> Iterator[Piece]:
+    def _pieces(self, requests: list[Request], chosen: Options) -> Iterator[Piece]:
         if not requests:
             return iter(())
-        session, capacity = self._loaded(), self._capacity(requests, chosen)
+        capacity = self._capacity(requests, chosen)
         if chosen.cache is not None:
             if len(requests) > 1:
                 raise UsageError("a cache is for one text of one prompt", "Pass one prompt")
-            return self._continued(session, requests[0], job, chosen.cache, capacity)
+            return self._continued(requests[0], chosen.cache, capacity)
         check_memory(self.layout, 1, capacity)
-        rows = rows_that_fit(self.layout, min(len(requests) * job.n, MAX_ROWS), capacity)
-        return Loop(self.decoder(rows, capacity), self.encoder.vocabulary, job).run(requests)
+        rows, shared = min(len(requests) * chosen.n, MAX_ROWS), _begin_alike(requests)
+        fitting = max(1, rows_that_fit(self.layout, rows + shared, capacity))
+        # Prefixes take the memory of one text more.
+        prefix_bytes = capacity * self.layout.token_bytes if shared and fitting > 1 else 0
+        return self.loop(max(1, min(rows, fitting - shared)), capacity, prefix_bytes=prefix_bytes).run(requests)
 
-    def _continued(
-        self, session: Session, request: Request, job: Job, cache: PromptCache, capacity: int
-    ) -> Iterator[Piece]:
-        decoder = cache.prepare(session, self.layout, self.vocabulary, request.prompt, capacity)
-        loop = Loop(decoder, self.encoder.vocabulary, job, held=cache.reused)
+    def _continued(self, request: Request, cache: PromptCache, capacity: int) -> Iterator[Piece]:
+        decoder = cache.prepare(
+            self._loaded(),
+            self.layout,
+            self.vocabulary,
+            request.prompt,
+            capacity,
+            adapter=request.job.adapter,
+            adapt=self._opened().adapted,
+        )
+        loop = Loop(decoder, self.encoder.vocabulary, held=cache.reused, speculator=self.speculator)
 
         def run() -> Iterator[Piece]:
             try:
@@ -234,12 +320,12 @@ class Generator(Task):
 
         return run()
 
-    def _search(self, requests: list[Request], job: Job, chosen: Options) -> list[list[Generated]]:
+    def _search(self, requests: list[Request], chosen: Options) -> list[list[Generated]]:
         if not requests:
             return []
         capacity = self._capacity(requests, chosen)
         decoder = self.decoder(chosen.beams, capacity)
-        search = BeamSearch(decoder, self.encoder.vocabulary, job, length_penalty=chosen.length_penalty)
+        search = BeamSearch(decoder, self.encoder.vocabulary, length_penalty=chosen.length_penalty)
         return [search.search(request) for request in requests]
 
     def _streams(self, texts: object) -> Iterator[tuple[int, ...]]:
@@ -252,8 +338,12 @@ class Generator(Task):
             yield self.encoder.encode(text)
 
 
-def _record(record: Record) -> tuple[object, dict[str, Any]]:
-    """The prompt of a record, and its options."""
+def read_record(record: Record) -> tuple[object, dict[str, Any]]:
+    """The prompt of a record, and its options.
+
+    Raises:
+        DataError: It has no prompt, or one that is none.
+    """
     if isinstance(record, str):
         return record, {}
     options = {name: record[name] for name in RECORD_OPTIONS if name in record}
@@ -285,6 +375,12 @@ def _shaped(found: list[list[Generated]], alone: bool, n: int) -> Any:
     """One, some, or a list of either: as many dimensions as the caller asked for."""
     shaped = [texts if n > 1 else texts[0] for texts in found]
     return shaped[0] if alone else shaped
+
+
+def _begin_alike(requests: Sequence[Request]) -> bool:
+    """Whether two of the prompts share what the prefix cache would know of."""
+    starts = [request.prompt[:BLOCK] for request in requests if len(request.prompt) > BLOCK]
+    return len(set(starts)) < len(starts)
 
 
 def _portions(indices: list[int], max_tokens: int | None, context: int) -> Iterator[list[int]]:

@@ -251,7 +251,7 @@ def test_data_that_is_not_there(place: Path, sources: Sources) -> None:
     [
         *(("compile", "--threads", value) for value in ("0", "-2", "x", "100000")),
         *(("compile", "--seed", value) for value in ("-1", "1.5")),
-        *(("compile", "--max-drop", value) for value in ("-1", "-0.1%", "nan", "1001%", "x", "")),
+        *(("compile", "--max-drop", value) for value in ("-1", "-0.1%", "nan", "100%", "1001%", "x", "")),
         *(("compile", "--target", value) for value in ("frob", "")),
         *(("run", "--max-tokens", value) for value in ("0", "-5")),
         *(("run", "--threads", value) for value in ("0", "-1", "99999999999")),

@@ -357,7 +357,7 @@ def test_quality_budget_that_cannot_be_met(mlp: Path, tmp_path: Path) -> None:
 
 def test_recipes() -> None:
     rows = ok(cold("recipes", "--json")).document
-    assert [row["name"] for row in rows] == ["reference", "safe", "balanced", "int8", "int4", "int4-fast"]
+    assert [row["name"] for row in rows] == ["reference", "safe", "balanced", "int8", "int4", "int4-fast", "int4-serve"]
     shown = ok(warm("recipes")).out
     assert all(row["name"] in shown for row in rows)
 

@@ -22,7 +22,7 @@ from passes.affine import matrix_of
 from passes.pipeline import parse
 from passes.sites import convolution_sites, linear_sites
 
-ANY = ("--max-drop", "1000%")
+ANY = ("--max-drop", "99%")
 """Random weights say nothing: the budget has tests of its own."""
 TEXT = "a dog runs in the park"
 SHAPE = (len(vocabulary()), 32)
@@ -174,9 +174,8 @@ def test_heads_and_neurons_go(given: dict[str, Given], tmp_path: Path, repair: b
     bundle = compiled(
         given["encoder"], tmp_path / "bundle", "--prune-structure", "heads=25%,ffn=25%", *options, recipe="safe"
     )
-    tensors = [value.const_value for value in graph_of(bundle).graph.initializers.values()]
-    shapes = [tuple(tensor.shape) for tensor in tensors if tensor is not None and len(tensor.shape) == 2]
-    behind = sum(int(rows) for rows, columns in shapes if columns == 32 and 4 < int(rows) < 100)
+    weights = {value.name: value.const_value for value in graph_of(bundle).graph.initializers.values()}
+    behind = sum(tensor.shape[0] for name, tensor in weights.items() if name.endswith("output.dense.weight"))
     # Of 2 x 32 channels behind attention and 2 x 64 behind an activation.
     assert behind == 48 + 96
     pipeline = bundle.manifest.variants[0].pipeline

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import decoder_graphs
 import numpy as np
+import psutil
 import pytest
 from real_command import assert_refused, cold, command, environment, listing, ok, warm
 
@@ -83,6 +84,46 @@ def test_stop(place: Path) -> None:
     end = whole[3:5]
     cut = ok(warm("run", place / "base", "--prompt", "a dog", "--max-new-tokens", "20", "--stop", end)).out
     assert cut.removesuffix("\n") == whole[: whole.index(end)]
+
+
+def test_a_text_that_has_to_match(place: Path, tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
+    told = ok(cold("run", place / "talk", "--prompt", "the cat", "--schema", tmp_path / "schema.json")).out
+    assert json.loads(told)["a"] in ("x", "y")
+    assert re.fullmatch("[ab]{3}\n", ok(warm("run", place / "base", "--prompt", "the cat", "--regex", "[ab]{3}")).out)
+    choices = ("--choice", "yes", "--choice", "no")
+    lines = ok(warm("run", place / "talk", "the cat", "a dog", *choices)).out.splitlines()
+    assert {json.loads(line)["text"] for line in lines} <= {"yes", "no"}
+    assert ok(cold("chat", place / "talk", *choices, stdin="the cat\n")).out.strip() in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--regex", "("), 2, "the regex cannot be used"),
+        (("--regex", "a", "--choice", "b"), 2, "regex and choices were both given"),
+        (("--schema", "absent.json"), 4, "cannot be read"),
+        (("--schema", "schema.json"), 2, "Unimplemented keys"),
+        (("--schema", "broken.json"), 2, "schema is no JSON"),
+    ],
+)
+def test_forms_that_make_no_sense(place: Path, tmp_path: Path, options: tuple[str, ...], code: int, says: str) -> None:
+    (tmp_path / "schema.json").write_text('{"not": {}}')
+    (tmp_path / "broken.json").write_text("{")
+    told = [str(tmp_path / one) if one.endswith(".json") else one for one in options]
+    assert_refused(warm("run", place / "base", "--prompt", "the cat", *told), code, says)
+
+
+def test_guesses_and_drafts(place: Path, mlp_bundle: Path) -> None:
+    words = ("run", place / "base", "--prompt", "the cat the cat the cat", "--max-new-tokens", "30")
+    plain = ok(warm(*words)).out
+    assert ok(warm(*words, "--speculate", "8")).out == plain
+    drafted = ok(cold(*words, "--draft", place / "base", "--stats"))
+    assert drafted.out == plain
+    assert re.search(r"30 written(, \d+ of \d+ guesses right)?, reached its limit", drafted.err)
+    assert_refused(warm(*words, "--draft", mlp_bundle), 2, "a draft is a language model")
+    assert_refused(warm(*words, "--speculate", "17"), 2, "17 is not in the range")
 
 
 def test_many_prompts_are_lines_of_json(place: Path, talk: Generator, tmp_path: Path) -> None:
@@ -219,6 +260,15 @@ class Terminal:
                 self.seen += os.read(self._ours, 1 << 16).decode("utf-8", "replace")
         return self.seen
 
+    def wait_until_it_waits(self) -> None:
+        """Until it sleeps and computes nothing: Python's readline sees a signal that comes between the prompt and the
+        waiting for a key only with the next key, and what ends the input is lost where nobody reads yet.
+        """
+        watched, before = psutil.Process(self.process.pid), None
+        while watched.status() != psutil.STATUS_SLEEPING or watched.cpu_times() != before:
+            before = watched.cpu_times()
+            time.sleep(0.2)
+
     def finish(self) -> int:
         try:
             return self.process.wait(60)
@@ -238,10 +288,13 @@ def test_control_c_stops_the_answer_and_not_the_program(place: Path) -> None:
     terminal.type("\x03")
     assert "was stopped" in terminal.wait_for("was stopped")
     terminal.wait_for("> ")
+    terminal.wait_until_it_waits()
     terminal.type("\x03")
     terminal.wait_for("Ctrl-D or /exit ends the conversation")
+    terminal.wait_until_it_waits()
     terminal.type("/nope\n")
     terminal.wait_for("hasten: there is no command /nope")
+    terminal.wait_until_it_waits()
     terminal.type("\x04")
     assert terminal.finish() == 0
 
@@ -308,7 +361,8 @@ def test_bench(place: Path) -> None:
     assert 10e3 < report["weight_bytes"] < 200e3
     assert report["against"] == f"{place / 'base'}: cpu-fp32 on cpu"
     shown = ok(warm("bench", place / "talk", *quick)).out
-    for part in ("batch × prompt", "prefill", "tok/s", "1 × 16", "GB/s", "of memory"):
+    assert re.search(r"prefill +first +decode +weights *\n.*tok/s +token ms +tok/s .* GB/s *\n", shown), shown
+    for part in ("batch × prompt", "1 × 16", "of memory"):
         assert part in shown, part
 
 

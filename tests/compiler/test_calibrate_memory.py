@@ -81,7 +81,8 @@ def test_what_two_examples_leave_as_it_is_belongs_to_the_graph() -> None:
 def test_batches_are_halved_before_values_are_divided() -> None:
     found = surveyed((16, 10), (4, 30))
     (roomy,) = plan(footprint(), found, 10**9, Activations())
-    assert roomy == Group((0, 1, 2, 3), 160)
+    assert roomy == Group((0, 1, 2, 3), 160, roomy.spare)
+    assert plan(footprint(), found, 10**9 + MB, Activations())[0].spare == roomy.spare + MB
     caps = range(200, 60, -5)
     plans = []
     for cap in caps:
@@ -175,14 +176,27 @@ def test_a_process_that_gathers_second_moments_stays_below_the_cap(tmp_path: Pat
     assert list(tmp_path.glob("moments-*")) == []
 
 
-def test_only_the_statistics_of_a_pass_count_where_results_leave_memory() -> None:
-    """Values of 1,000 channels: sums of 5 MB each, whatever the number of values."""
+def eight_wide() -> tuple[Survey, Footprint, int]:
+    """Eight values of 1,000 channels, and the megabytes that one of them needs."""
     found = surveyed((1, 10))
     many = replace(footprint(8, scale=0.001), channels=(1000,) * 8)
     with pytest.raises(UsageError, match=r"at least (\d+) MB") as caught:
         plan(many, found, MB, SecondMoments())
-    least = int(re.findall(r"least (\d+) MB", str(caught.value))[0])
+    return found, many, int(re.findall(r"least (\d+) MB", str(caught.value))[0])
+
+
+def test_only_the_statistics_of_a_pass_count_where_results_leave_memory() -> None:
+    """Sums of 5 MB each, whatever the number of values."""
+    found, many, least = eight_wide()
     assert [len(plan(many, found, (least + more) * MB, SecondMoments())) for more in (0, 6, 16, 36)] == [8, 4, 2, 1]
+
+
+def test_what_a_value_takes_while_it_is_seen_counts_for_all_that_are_seen_at_a_time() -> None:
+    """Products of a panel of 256 rows: 2.7 MB a value besides its sums of 5 MB."""
+    found, many, least = eight_wide()
+    assert plan(many, found, least * MB, SecondMoments(), 0, 4) == plan(many, found, least * MB, SecondMoments())
+    groups = [len(plan(many, found, (least + 37) * MB, SecondMoments(), 0, workers)) for workers in (1, 2, 4, 8)]
+    assert groups == [1, 2, 2, 2]
 
 
 @pytest.mark.slow

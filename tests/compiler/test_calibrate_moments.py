@@ -20,7 +20,6 @@ from compiler.calibrate import Calibrator, moments_files, tensor_batches, token_
 from compiler.calibrate import calibrator as module
 from compiler.calibrate.moments_files import MomentsFiles
 from compiler.calibrate.plan import Group
-from compiler.calibrate.statistic import SecondMoments
 from compiler.graphs import GraphFolder
 from compiler.tolerance import rounding_tolerance
 from passes.base import ObserveMoments
@@ -190,6 +189,12 @@ def test_several_passes_give_what_one_gives(graphs: GraphFolder, monkeypatch: py
     assert_equal(lent.moments(model, values_of(model)), whole)
 
 
+def test_values_seen_side_by_side_are_what_they_are_one_after_another(graphs: GraphFolder) -> None:
+    model = decoder()
+    one, several = (calibrator(graphs, threads=count).moments(model, values_of(model)) for count in (1, 3))
+    assert_equal(one, several)
+
+
 def test_batches_are_cut_where_the_scalar_is_shared(graphs: GraphFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lent = decoder(), calibrator(graphs)
     monkeypatch.setattr(module, "plan", lambda *_: (Group((0, 1, 2, 3), 1),))
@@ -225,9 +230,10 @@ def test_values_are_divided_among_passes_and_too_small_a_cap_says_what_would_do(
         lent(MB).moments(model, values_of(model, names))
     assert "\n" not in str(caught.value)
     least = int(re.findall(r"least (\d+) MB", str(caught.value))[0])
+    # A triangle of the sum, 4 K² bytes, in panels of 256 channels; the products of a panel; some rows in float64.
     # Weights and runs are next to nothing here.
-    held, besides = SecondMoments().held(600), SecondMoments().besides(600)
-    assert 40 + (held + besides) / MB <= least <= 41 + (held + besides) / MB
+    taken = (4 * 600**2 + 12 * 600 * 256 + 652 * 600) / MB
+    assert 40 + taken <= least <= 41 + taken
     with pytest.raises(UsageError, match=f"at least {least} MB"):
         lent((least - 1) * MB).moments(model, values_of(model, names))
     told.clear()

@@ -11,9 +11,15 @@ import tiny_models
 
 from artifacts.errors import SourceError, UnsupportedError
 from artifacts.manifest import TensorSpec
+from artifacts.target import CPU
 from compiler.export import Exported, export_model
 from compiler.source import read_source
 from compiler.tolerance import rounding_tolerance
+from passes.base import Context
+from passes.cleanup import InferShapes
+from passes.fusion import HoistGather, UnfuseAttention
+from passes.registry import CLEAN
+from passes.sites import linear_sites
 
 FUSED = {
     "Bert": True,
@@ -187,6 +193,25 @@ def test_pooling_modes_are_baked_in(tmp_path: Path) -> None:
     assert results["cls"][0].tolist() == [[1.0, 2.0]]
     assert results["max"][0].tolist() == [[5.0, 2.0]]
     assert results["none"][0] is hidden
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FUSED],
+)
+def test_what_one_token_is_read_of_is_computed_for_it_alone(tmp_path: Path, architecture: str) -> None:
+    """hoist-gather finds the last layer of whatever is exported, and leaves the numbers to padding and all lengths."""
+    exported = export(tmp_path / "m", architecture, "text-classification")
+    for item in (*CLEAN, HoistGather(), InferShapes()):
+        outcome = item.run(exported.model, Context(CPU))
+        assert item.name != "hoist-gather" or outcome.changed == 1
+    shapes = [site.output.shape for site in linear_sites(exported.model)]
+    lengths = [shape[1] for shape in shapes if shape is not None and len(shape) == 3]
+    # Three products follow the last attention; its query is one more where it is an operator that reads it by itself.
+    assert lengths.count(1) == (4 if FUSED[architecture] and architecture != "ModernBert" else 3), lengths
+    assert_matches_torch(exported, tmp_path)
+    assert UnfuseAttention().run(exported.model, Context(CPU)).changed == exported.attentions_emitted
+    assert_matches_torch(exported, tmp_path)
 
 
 def test_falls_back_where_attention_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,8 +47,8 @@ def streamed(source: ModelSource) -> StreamedModel | None:
 def both(source: ModelSource, monkeypatch: pytest.MonkeyPatch) -> tuple[Exported, Exported]:
     """Loaded, and streamed."""
     calls: list[object] = []
-    load = decoder._load
-    monkeypatch.setattr(decoder, "_load", lambda source: calls.append(source) or load(source))
+    load = decoder.load_original
+    monkeypatch.setattr(decoder, "load_original", lambda source: calls.append(source) or load(source))
     one = export_model(source)
     assert not calls, "it was loaded"
     monkeypatch.setattr(streaming, "LARGE", 1 << 40)
@@ -140,7 +140,7 @@ def test_what_is_streamed_answers_as_what_is_loaded(name: str, tmp_path: Path) -
     found = streamed(source)
     if found is None:
         pytest.skip("its checkpoint is not its parameters one for one")
-    loaded = streaming.TorchDecoder(decoder._load(source))
+    loaded = streaming.TorchDecoder(decoder.load_original(source))
     assert np.array_equal(found.reference(feeds())["logits"], loaded(feeds())["logits"])
 
 
@@ -159,8 +159,8 @@ def test_layers_that_differ_by_their_number_are_loaded(tmp_path: Path, monkeypat
     source = read_source(str(folder))
     assert streamed(source) is not None
     calls = []
-    load = decoder._load
-    monkeypatch.setattr(decoder, "_load", lambda source: calls.append(source) or load(source))
+    load = decoder.load_original
+    monkeypatch.setattr(decoder, "load_original", lambda source: calls.append(source) or load(source))
     assert export_model(source).attentions_emitted == DEPTH
     assert len(calls) == 1
 

@@ -111,7 +111,7 @@ def test_larger_models_are_judged_on_fewer_tokens() -> None:
         weight = ir.Value(name="w", const_value=ir.LazyTensor(lambda: None, ir.DataType.FLOAT, ir.Shape([parameters])))  # type: ignore[arg-type,return-value]
         return judged_tokens(ir.Model(ir.Graph([], [], nodes=[], initializers=[weight]), ir_version=10))
 
-    assert (of(10**6), of(10**8), of(10**10)) == (16384, 10000, 2048)
+    assert (of(10**6), of(10**8), of(10**10)) == (16384, 10000, 4096)
 
 
 def test_feeds_of_a_prompt() -> None:

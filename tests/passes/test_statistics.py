@@ -174,6 +174,13 @@ def test_the_result_does_not_change_afterwards() -> None:
         np.testing.assert_array_equal(getattr(first, name), kept)
 
 
+def test_a_negative_number_too_small_for_its_bin_stays_negative() -> None:
+    data = np.array([[-1e-45, 1e-45, -0.0, 2.0**100]], np.float32)
+    assert_same(seen(data[:, :3].T, data[:, 3:]), seen(data.T))
+    histogram = seen(data.T).histogram
+    assert (histogram[BINS // 2 - 1], histogram[BINS // 2]) == (1, 2)
+
+
 @given(
     arrays(
         np.float32,

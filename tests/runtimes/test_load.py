@@ -8,14 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx.external_data_helper import set_external_data
 from task_graphs import classifier, embedder, spans, token_head, write_bundle
 
+from artifacts.bundle import BundleWriter, WeightStore
 from artifacts.errors import BundleError, HastenError, IntegrityError, ProviderError, UsageError
 from artifacts.proof import Fidelity, Machine, Speed, VariantProof
 from artifacts.target import CPU_PROVIDER, OPENVINO_PROVIDER
 from runtimes.decide import CandidateResult, Decision
 from runtimes.load import explain, load
+from runtimes.session import Session
 from runtimes.tasks import Answerer, Classifier, Embedder, Tagger, TensorRunner
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +148,55 @@ def test_an_altered_byte_is_found_unless_hashes_are_not_wanted(tmp_path: Path) -
         load(tmp_path / "b")
     with load(tmp_path / "b", verify=False) as model:
         assert np.isfinite(model.embed(["a"])).all()
+
+
+def with_weights(out: Path) -> Path:
+    """A bundle whose table is a weight of its own; the file of that weight."""
+    plain = write_bundle(out.parent / "plain", "feature-extraction", embedder())
+    graph = onnx.load(plain.path / "cpu-fp32.onnx")
+    table = max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    with BundleWriter(out) as writer:
+        entry = WeightStore(writer.staging / "weights").put(table.raw_data)
+        set_external_data(table, entry.path, 0, entry.size)
+        table.ClearField("raw_data")
+        writer.add_bytes("cpu-fp32.onnx", graph.SerializeToString())
+        for name in ("golden.npz", "plan.toml", "processor/tokenizer.json"):
+            writer.add_file(name, plain.path / name)
+        (variant,) = plain.manifest.variants
+        manifest = replace(plain.manifest, variants=(replace(variant, weights=(entry.path,)),), files=())
+        writer.commit(manifest, plain.proof)
+    return out / entry.path
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x80], ids=["too little for the golden test", "the golden test fails"])
+def test_altered_weights_are_the_error_whatever_they_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flip: int
+) -> None:
+    path = with_weights(tmp_path / "b")
+    with load(tmp_path / "b") as model:
+        assert np.isfinite(model.embed(["a"])).all()
+    data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    # The lowest byte of a float32 that is read, or the highest of all.
+    if flip == 1:
+        data[0] ^= flip
+    else:
+        data[3::4] ^= flip
+    path.write_bytes(data.tobytes())
+    opened: list[Session] = []
+    kept = Session.__init__
+
+    def remembered(self: Session, *arguments: object, **options: object) -> None:
+        opened.append(self)
+        kept(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "__init__", remembered)
+    with pytest.raises(IntegrityError, match=rf"{path.name} was altered"):
+        load(tmp_path / "b")
+    (session,) = opened
+    with pytest.raises(ProviderError, match="closed"):
+        session.run({})
+    if flip == 1:
+        load(tmp_path / "b", verify=False).close()
 
 
 def test_a_damaged_tokenizer_frees_the_session_and_says_so(tmp_path: Path) -> None:

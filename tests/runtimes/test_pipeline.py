@@ -22,8 +22,19 @@ from runtimes.text import Batch
 ROOT = Path(__file__).parents[2]
 
 
+BEFORE: set[threading.Thread] = set()
+"""Threads that other tests left, such as the one that computes masks as long as the process lives."""
+
+
+@pytest.fixture(autouse=True)
+def before() -> None:
+    BEFORE.clear()
+    BEFORE.update(threading.enumerate())
+
+
 def ours() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hasten")]
+    """Threads of ours that this test started."""
+    return [one.name for one in threading.enumerate() if one not in BEFORE and one.name.startswith("hasten")]
 
 
 def wait_for(condition: object, seconds: float = 10.0) -> None:

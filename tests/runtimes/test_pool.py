@@ -122,13 +122,16 @@ def test_closing_while_a_long_input_runs_is_a_usage_error(folder: Path) -> None:
 
 
 def test_the_defaults() -> None:
-    assert default_settings(CPU_PROVIDER, "cpu", 4) == Settings(4, lanes=4, max_tokens=512)
-    assert default_settings(OPENVINO_PROVIDER, "cpu", 4) == Settings(4, lanes=4, max_tokens=1024)
+    assert default_settings(CPU_PROVIDER, "cpu", 4) == Settings(4, lanes=4, max_tokens=512, run_tokens=24)
+    assert default_settings(OPENVINO_PROVIDER, "cpu", 4) == Settings(4, lanes=4, max_tokens=1024, run_tokens=24)
     assert default_settings(OPENVINO_PROVIDER, "gpu", 4).lanes == 1
     assert default_settings(CUDA_PROVIDER, "cuda:1", 4).lanes == 1
     assert default_settings(CPU_PROVIDER, "cpu", 1).lanes == 1
     assert default_settings(CPU_PROVIDER, "cpu", 500).lanes == 32
     assert default_settings(CPU_PROVIDER).threads >= 1
+    # Threads share the arithmetic of a run and not its reading of the weights.
+    assert default_settings(CPU_PROVIDER, "cpu", 4).padding == 96
+    assert default_settings(CUDA_PROVIDER, "cuda:1", 4).padding > 1 << 20
 
 
 def test_settings_in_words() -> None:

@@ -2,101 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from task_builders import VOCABULARY, bytelevel, processor, wordpiece
-from tokenizers import Tokenizer
+from torch_tasks import NAMES, TEXTS, build, make_task, peer_tokenizer
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 from transformers.pipelines.document_question_answering import select_starts_ends
 
-from artifacts.bundle import Bundle
-from artifacts.manifest import Manifest, Source, TensorSpec, TextProcessor
-from artifacts.proof import Proof
-from runtimes.tasks import TASKS, Answer, Task
+from runtimes.tasks import Answer
 
-NAMES = ("input_ids", "attention_mask", "token_type_ids")
-TEXTS = [
-    "Mary went to Paris, the green city on a river.",
-    "the cats and dogs",
-    "John's house is in London! Who was it? It was John.",
-    "",
-    "hello",
-    "playing, eating - living in Berlin",
-    "zzz unknown qqq words zzz",
-    "é😀 Paris  \t paris",
-]
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
-
-
-@dataclass
-class TorchRunner:
-    """The thinnest stand-in for a session: the torch model itself."""
-
-    model: Any
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(name, "int64", ("batch", "length")) for name in NAMES)
-
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        with torch.no_grad():
-            outputs = self.model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
-        return {name: value.numpy() for name, value in outputs.items()}
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-
-def build(kind: type[Any], **options: Any) -> Any:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=400,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=400,
-        initializer_range=0.6,
-        **options,
-    )
-    return kind(config).eval()
-
-
-def make_task(folder: Path, name: str, model: Any, make: Callable[[Path], Path], text: TextProcessor) -> Task:
-    (folder / "processor").mkdir()
-    make(folder / "processor" / "tokenizer.json")
-    source = Source("tiny", "huggingface", "sha256:" + "0" * 64, "")
-    manifest = Manifest("tiny", name, source, (), (), (), text, (), ())
-    bundle = Bundle(folder, manifest, Proof(f"sha256:{'0' * 64}", (), ()), "sha256:" + "0" * 64)
-    return TASKS[name](bundle, TorchRunner(model))
-
-
-def bert_tokenizer(path: Path, max_length: int = 400) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(path)),
-        model_max_length=max_length,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_input_names=list(NAMES),
-    )
 
 
 # --- text-classification
@@ -119,7 +44,7 @@ def test_classify_equals_the_pipeline(tmp_path: Path, problem: str, classes: int
     model.config.id2label = dict(enumerate(labels))
     text = processor(labels=labels, problem=problem)
     task = make_task(tmp_path, "text-classification", model, wordpiece, text)
-    tokenizer = bert_tokenizer(tmp_path / "processor" / "tokenizer.json")
+    tokenizer = peer_tokenizer(task)
     peer = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
     for found, text_ in zip(task.classify(TEXTS, max_tokens=40), TEXTS, strict=True):
         wanted = {one["label"]: one["score"] for one in peer(text_, top_k=None)}
@@ -132,7 +57,7 @@ def test_classified_pairs_equal_the_pipeline(tmp_path: Path) -> None:
     model = build(BertForSequenceClassification, num_labels=3)
     task = make_task(tmp_path, "text-classification", model, wordpiece, processor(labels=("a", "b", "c")))
     model.config.id2label = {0: "a", 1: "b", 2: "c"}
-    tokenizer = bert_tokenizer(tmp_path / "processor" / "tokenizer.json")
+    tokenizer = peer_tokenizer(task)
     peer = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
     (found,) = task.classify([(TEXTS[0], TEXTS[1])])
     wanted = {one["label"]: one["score"] for one in peer({"text": TEXTS[0], "text_pair": TEXTS[1]}, top_k=None)}
@@ -151,14 +76,7 @@ def test_tag_equals_the_pipeline(tmp_path: Path, kind: str) -> None:
     model.config.id2label = dict(enumerate(TAGS))
     text = processor(labels=TAGS, pad_id=0 if kind == "wordpiece" else 1)
     task = make_task(tmp_path, "token-classification", model, wordpiece if kind == "wordpiece" else bytelevel, text)
-    path = tmp_path / "processor" / "tokenizer.json"
-    tokenizer = (
-        bert_tokenizer(path)
-        if kind == "wordpiece"
-        else PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_file(str(path)), model_max_length=400, pad_token="<pad>", unk_token="<unk>"
-        )
-    )
+    tokenizer = peer_tokenizer(task, bert=kind == "wordpiece")
     peer = pipeline(
         "token-classification", model=model, tokenizer=tokenizer, aggregation_strategy="simple", device="cpu"
     )
@@ -183,7 +101,7 @@ def test_fill_equals_the_pipeline(tmp_path: Path, text: str) -> None:
     with torch.no_grad():
         model.cls.predictions.bias[len(VOCABULARY) :] = -1e4
     task = make_task(tmp_path, "fill-mask", model, wordpiece, processor(mask_token="[MASK]"))
-    tokenizer = bert_tokenizer(tmp_path / "processor" / "tokenizer.json")
+    tokenizer = peer_tokenizer(task)
     peer = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
     wanted = peer(text, top_k=4)
     nested = wanted if isinstance(wanted[0], list) else [wanted]
@@ -258,7 +176,7 @@ def test_answer_equals_the_pipeline(tmp_path: Path, seed: int, repeats: int, lon
     torch.manual_seed(seed)
     torch.nn.init.normal_(model.qa_outputs.weight, std=1.0)
     task = make_task(tmp_path, "question-answering", model, wordpiece, processor(max_length=100))
-    tokenizer = bert_tokenizer(tmp_path / "processor" / "tokenizer.json")
+    tokenizer = peer_tokenizer(task)
     question = "who lived in the red house ?"
     context = CONTEXT * repeats
     wanted = pipeline_of_4x(model, tokenizer, question, context, no_answer=no_answer, longest=longest, size=100)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, models
 from artifacts.errors import BundleError, UsageError
 from runtimes.items import check_text, check_texts
 from runtimes.settings import MAX_TOKENS
-from runtimes.text import MADE, TextEncoder, pad
+from runtimes.text import MADE, Batch, Chunk, TextEncoder, pad
 
 PROSE = "It was the best of times, it was the worst of times; the epoch of belief and of incredulity. "
 
@@ -173,6 +174,34 @@ def test_batches_hold_at_most_max_tokens_and_every_row_once() -> None:
             assert ids[: len(row)].tolist() == row.ids.tolist()
     padded = sum(batch.feeds["input_ids"].size for batch in batches)
     assert padded < 1.1 * sum(len(row) for batch in batches for row in batch.rows)
+
+
+def prepared(lengths: list[int], padding: int | None) -> list[Batch]:
+    words = [["world"] * (index % 2) + ["hello"] * length for index, length in enumerate(lengths)]
+    texts = [" ".join(row[: length - 2]) for row, length in zip(words, lengths, strict=True)]
+    return minilm().prepare(Chunk(0, texts), padding=padding)
+
+
+def test_a_batch_ends_where_its_padding_would_cost_another_run() -> None:
+    rng = np.random.default_rng(2)
+    lengths = [int(length) for length in rng.choice(np.arange(3, 60), 40, replace=False)]
+    batches = prepared(lengths, 24)
+    places = [place for batch in batches for place in batch.indices]
+    assert sorted(places) == list(range(40))
+    for batch in batches:
+        assert batch.feeds["input_ids"].size - sum(map(len, batch.rows)) <= 24
+    # Another row would have been too much for each batch but the last.
+    ascending = batches[::-1]
+    for batch, following in pairwise(ascending):
+        wider = len(following.rows[0])
+        assert sum(wider - len(row) for row in batch.rows) > 24
+
+
+def test_what_padding_costs_is_counted_over_the_whole_batch() -> None:
+    assert [len(batch.rows) for batch in prepared([10, 11, 12, 30], 3)] == [1, 3]
+    assert [len(batch.rows) for batch in prepared([10, 11, 12, 30], 2)] == [1, 1, 2]
+    assert [len(batch.rows) for batch in prepared([10, 11, 12, 30], None)] == [4]
+    assert [len(batch.rows) for batch in prepared([10] * 2 + [40], 0)] == [1, 2]
 
 
 def test_a_row_longer_than_max_tokens_goes_alone() -> None:

@@ -15,7 +15,6 @@ from artifacts.target import CPU_PROVIDER, OPENVINO_PROVIDER
 from runtimes import remember, tune
 from runtimes.client import Ratio, Worker
 from runtimes.decide import decide, start
-from runtimes.environment import physical_cores
 from runtimes.load import load
 from runtimes.settings import Settings, default_settings
 from runtimes.tune import Trial, TuneReport, tune_bundle
@@ -95,7 +94,7 @@ def test_what_gains_is_taken_and_the_next_change_starts_from_it(bundle: Bundle, 
 
     monkeypatch.setattr(tune._Search, "cost", cost)
     best, trials = tune.tune(bundle, "cpu-fp32", CPU_PROVIDER, "cpu", 0, seconds=60.0)
-    assert best == Settings(2, lanes=2, max_tokens=256, tuned=True)
+    assert best == Settings(2, lanes=2, max_tokens=256, run_tokens=24, tuned=True)
     assert [(trial.change, trial.taken) for trial in trials] == [
         ("1 lane", False),
         ("2 lanes", True),
@@ -113,7 +112,7 @@ def test_what_gains_is_taken_and_the_next_change_starts_from_it(bundle: Bundle, 
 @pytest.mark.usefixtures("races", "four_cores")
 def test_nothing_is_taken_where_nothing_gains(bundle: Bundle) -> None:
     best, trials = tune.tune(bundle, "cpu-fp32", CPU_PROVIDER, "cpu", 0, seconds=60.0)
-    assert best == Settings(4, lanes=4, max_tokens=512, tuned=True)
+    assert best == Settings(4, lanes=4, max_tokens=512, run_tokens=24, tuned=True)
     assert [trial.change for trial in trials] == [
         *("1 lane", "2 lanes", "1024 tokens a batch", "256 tokens a batch", "2 threads"),
         *("no spinning", "no arena"),
@@ -261,8 +260,8 @@ def test_a_busy_machine_or_a_tiny_model_is_not_tuned(
     assert tuned_at_load == []
 
 
-def test_busy_is_more_than_half_of_the_cores(monkeypatch) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (0.51 * physical_cores(), 0.0, 0.0), raising=False)
+def test_busy_is_more_than_half_of_the_cores_just_now(monkeypatch) -> None:
+    shares = iter((51.0, 49.0))
+    monkeypatch.setattr("psutil.cpu_percent", lambda seconds: next(shares) if seconds > 0.0 else 100.0)
     assert tune.is_busy()
-    monkeypatch.setattr("os.getloadavg", lambda: (0.49 * physical_cores(), 9.0, 9.0), raising=False)
     assert not tune.is_busy()

@@ -42,7 +42,7 @@ def test_the_memory_of_this_machine_is_asked_for():
 def test_rows_that_fit():
     assert rows_that_fit(LAYOUT, 8, 10, free=100 * LAYOUT.token_bytes) == 8
     assert rows_that_fit(LAYOUT, 100, 10, free=100 * LAYOUT.token_bytes) == 9
-    assert rows_that_fit(LAYOUT, 8, 10, free=0) == 1
+    assert rows_that_fit(LAYOUT, 8, 10, free=0) == 0
 
 
 def filled(rows: int, length: int) -> KVCache:
@@ -90,6 +90,31 @@ def test_any_reordering(sources):
     cache = filled(len(sources), 4)
     cache.reorder(sources, 4)
     assert contents(cache, 4) == sources
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 12), st.integers(0, 20), st.sampled_from(["float32", "float16", "int8"]))
+def test_a_stretch_of_a_slot_is_taken_out_and_put_back(start, count, target, dtype):
+    cache = KVCache(layout_of(decoder_specs(layers=2, heads=2, size=8, dtype=dtype)[0]), 2, 32)
+    rng = np.random.default_rng(start)
+    for array in cache.views(0, 2)[0].values():
+        array[...] = rng.integers(-100, 100, array.shape)
+    before = {name: array.copy() for name, array in cache.views(0, 2)[0].items()}
+    block = cache.read(1, start, start + count)
+    assert block.nbytes == count * cache.layout.token_bytes
+    cache.write(0, target, block)
+    for name, array in cache.views(0, 2)[0].items():
+        np.testing.assert_array_equal(array[0, :, target : target + count], before[name][1, :, start : start + count])
+        np.testing.assert_array_equal(array[1], before[name][1])
+        outside = np.delete(np.arange(32), np.arange(target, target + count))
+        np.testing.assert_array_equal(array[0][:, outside], before[name][0][:, outside])
+
+
+def test_growing_with_fewer_slots():
+    cache = filled(3, 5)
+    cache.grow(100, [5], rows=2)
+    assert (cache.rows, cache.capacity) == (2, 128)
+    assert contents(cache, 5)[0] == 0
 
 
 def test_growing_keeps_what_is_there():

@@ -102,6 +102,22 @@ def test_texts_do_not_depend_on_what_is_written_beside_them(bundle: Bundle, dtyp
         assert cache.reused > 3
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float16"])
+def test_prefixes_are_kept_as_the_cache_holds_them(bundle: Bundle, dtype: str) -> None:
+    """A prompt that goes on behind a prefix of the cache is that which was read from its beginning on."""
+    shared = np.random.default_rng(1).integers(5, 300, 70).tolist()
+    with loaded(bundle, f"cpu-{dtype}") as model:
+        loop, results = model.loop(2, 128, prefix_bytes=10**6), {}
+        prompts = [[*shared, *range(20 + seed, 26 + seed)] for seed in range(3)]
+        for request in model.requests(prompts, max_new_tokens=12):
+            loop.add(request)
+            while loop.busy:
+                results |= {one.prompt: one.result for one in loop.step() if one.result is not None}
+        assert loop.stats.saved == 2 * 64
+        for number, prompt in enumerate(prompts):
+            assert results[number] == model.generate(prompt, max_new_tokens=12)
+
+
 def test_all_variants_pass_their_golden_test(bundle: Bundle) -> None:
     model = load(bundle.path, cache=False)
     told = model.explain()

@@ -10,7 +10,7 @@ from artifacts.manifest import SessionOptions
 from artifacts.target import CPU_PROVIDER
 from runtimes.generate import decoder as module
 from runtimes.generate.cache import layout_of
-from runtimes.generate.decoder import PREFILL_TOKENS, Decoder, grouped
+from runtimes.generate.decoder import PREFILL_TOKENS, Decoder, grouped, piece_end
 from runtimes.generate.feeds import random_feeds
 from runtimes.session import Binding, Session
 
@@ -52,6 +52,18 @@ def test_a_long_prompt_is_read_in_pieces(decoder, llama, monkeypatch):
     monkeypatch.setattr(module, "PREFILL_TOKENS", 7)
     (row,) = prompts(30)
     np.testing.assert_allclose(decoder.prefill(2, [row])[0], reference(llama, row)[-1], **CLOSE)
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+def test_no_piece_of_a_prompt_is_a_single_token(length):
+    for most in (3, 7, 16):
+        ends = [0]
+        while ends[-1] < length:
+            ends.append(piece_end(ends[-1], most, length))
+        sizes = np.diff(ends)
+        assert sizes.sum() == length
+        assert sizes.max() <= most
+        assert length == 1 or sizes.min() > 1
 
 
 def test_a_prompt_goes_on_from_what_the_cache_holds(decoder, llama):
@@ -105,6 +117,48 @@ def test_what_a_step_allocates_does_not_grow_with_the_context(decoder):
 
     # A few Python objects; one layer's keys of 50 tokens alone would be 3200 bytes a row.
     assert abs(peak(55) - peak(5)) < 1000
+
+
+def test_several_tokens_a_row_are_those_of_single_steps(decoder, model):
+    """Ragged rows: what follows a row's last token is not read, neither now nor later."""
+    rows, more = prompts(9, 3, 14, 5), [[5, 6, 7], [8], [9], [10, 11]]
+    decoder.prefill(0, rows)
+    found = decoder.verify(more, [len(row) for row in rows])
+    assert found.shape == (4, 3, model.vocabulary)
+    for index, (row, tokens) in enumerate(zip(rows, more, strict=True)):
+        single = model.decoder(1, 64)
+        single.prefill(0, [row])
+        for place, token in enumerate(tokens):
+            wanted = single.step([token], [len(row) + place])[0]
+            np.testing.assert_allclose(found[index, place], wanted, **CLOSE)
+        assert not found[index, len(tokens) :].any()
+    # All rows keep one token of theirs only, and go on with another.
+    wanted = []
+    for row, tokens in zip(rows, more, strict=True):
+        wanted.append(model.decoder(1, 64).prefill(0, [[*row, tokens[0], 20]])[0])
+    np.testing.assert_allclose(decoder.step([20] * 4, [len(row) + 1 for row in rows]), wanted, **CLOSE)
+
+
+def test_rows_of_one_token_share_a_call(decoder, monkeypatch):
+    rows, calls = prompts(9, 3, 14), []
+    decoder.prefill(0, rows)
+    run = Decoder._go_on
+    monkeypatch.setattr(Decoder, "_go_on", lambda self, slot, *rest: calls.append(slot) or run(self, slot, *rest))
+    lengths = [len(row) for row in rows]
+    found = decoder.verify([[5], [6], [7, 8]], lengths)
+    assert calls == [0, 2]
+    np.testing.assert_allclose(decoder.step([5, 6, 7], lengths), found[:, 0], **CLOSE)
+
+
+def test_any_number_of_tokens_can_be_verified(decoder, model):
+    (row,) = prompts(9)
+    decoder.prefill(0, [row])
+    more = prompts(30, seed=1)[0]
+    for width in (1, 3, 30, 4):
+        found = decoder.verify([more[:width]], [9])
+        assert found.shape == (1, width, model.vocabulary)
+        wanted = model.decoder(1, 64).prefill(0, [[*row, *more[:width]]])[0]
+        np.testing.assert_allclose(found[0, -1], wanted, **CLOSE)
 
 
 def test_losses_are_torchs(decoder, llama, monkeypatch):

@@ -117,10 +117,8 @@ def test_several_texts_of_a_prompt_share_its_reading(model, prompts, monkeypatch
     from runtimes.generate.decoder import Decoder
 
     read = []
-    prefill = Decoder.prefill
-    monkeypatch.setattr(
-        Decoder, "prefill", lambda self, *args, **more: read.append(args) or prefill(self, *args, **more)
-    )
+    call = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, *args: read.append(args) or call(self, *args))
     found = model.generate(prompts[0], n=3, temperature=1.0, seed=1, max_new_tokens=10)
     assert len(read) == 1
     assert len({one.tokens for one in found}) == 3
@@ -393,6 +391,9 @@ def test_prompts_that_cannot_be(model, prompt, match):
     ({"stop": [""]}, "stop holds ''"),
     ({"stop_ids": [300]}, "stop_ids holds 300"),
     ({"bias": {300: 1.0}}, "token 300"),
+    ({"bias": {7: 1e39}}, r"the bias of token 7 is 1e\+39"),
+    ({"bias": {7: -(10**400)}}, "the bias of token 7 is -1000"),
+    ({"bias": {7: math.nan}}, "the bias of token 7 is nan"),
     ({"seed": -1}, "seed is -1"),
     ({"warmth": 1}, "no option 'warmth'"),
 ])  # fmt: skip

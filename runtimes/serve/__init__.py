@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's interface, the Open Inference Protocol, metrics and a page, over engines (extra ``serve``)."""
