@@ -9,10 +9,14 @@ is then under the staging name, and is deleted. What a killed writer leaves unde
 Where the system has no exchange (Windows, some network file systems), two renames stand in: the old one aside as
 ``.<name>.<pid>-<random>.hasten-old``, the new one in. Killed between the two, the place is empty, and the next writer
 puts the old one back first.
+
+An interrupt (Ctrl-C) may come at any step of these lines, before the folder's own context is entered or while it is
+left: what it leaves is deleted when the interpreter ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -28,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from .digest import sha256_bytes
 from .errors import OutputError
 
 if sys.platform != "win32":
@@ -38,8 +43,13 @@ _RENAME_EXCHANGE = 2
 _RENAME_SWAP = 2
 _ABANDONED_S = 3600.0
 """Age from which an unlocked staging folder is abandoned even if a process of that number lives: numbers return."""
+_LONGEST = 200
+"""Bytes of a name that staging names can hold: most file systems allow 255."""
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_unfinished: dict[Path, Path] = {}
+"""Places by the staging names of this process: noted before there is anything to tidy, forgotten once it is tidied."""
 
 
 class Staging:
@@ -66,6 +76,7 @@ class Staging:
         """Delete what killed writers left, and make the folder."""
         with output_errors(self.out):
             sweep(self.out)
+            _unfinished[self.path] = self.out
             self.path.mkdir()
             self._lock = _lock(self.path)
         return self
@@ -73,16 +84,16 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Delete the staging folder, or what the place held before."""
+        """Delete the staging folder, or what the place held before; put back what was only moved aside."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-        remove(self.path)
+        _tidy(self.path, self.out)
         if isinstance(error, OSError) and error.errno in _FULL:
             raise output_error(error, self.out) from error
 
     def swap(self) -> None:
-        """Put the folder in its place. Afterwards the staging name holds what was there, if anything was.
+        """Put the folder in its place. What was there goes when the context is left, if not before.
 
         Raises:
             OutputError: The system refuses; the place holds what it held.
@@ -109,6 +120,7 @@ def staged_file(out: Path) -> Iterator[BinaryIO]:
     path = _staging_path(out)
     with output_errors(out):
         sweep(out)
+        _unfinished[path] = out
         try:
             with path.open("xb") as file:
                 lock = _lock(path)
@@ -122,7 +134,7 @@ def staged_file(out: Path) -> Iterator[BinaryIO]:
             path.replace(out)
             sync_folder(out.parent)
         finally:
-            remove(path)
+            _tidy(path, out)
 
 
 @contextlib.contextmanager
@@ -163,6 +175,8 @@ def check_parent(out: Path) -> None:
         raise OutputError(
             f"{out} cannot be written: {out.parent} may not be written", "choose a place that you may write"
         )
+    with output_errors(out), contextlib.suppress(FileNotFoundError):
+        out.lstat()  # a name too long for the file system is refused now and not at the end
 
 
 def sweep(out: Path) -> None:
@@ -171,14 +185,14 @@ def sweep(out: Path) -> None:
     Raises:
         OSError: The folder that ``out`` is in cannot be read, or the old one not be put back.
     """
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.([0-9]+)-[0-9a-f]{{16}}\.hasten-(tmp|old)")
+    pattern = re.compile(rf"\.{re.escape(_stem(out))}\.([0-9]+)-[0-9a-f]{{16}}\.hasten-(tmp|old)")
     with os.scandir(out.parent) as entries:
         found = [(Path(entry.path), match) for entry in entries if (match := pattern.fullmatch(entry.name))]
     for path, match in found:
         if not _abandoned(path, int(match[1])):
             continue
-        if match[2] == "old" and not os.path.lexists(out):
-            path.rename(out)
+        if match[2] == "old":
+            _put_back(path, out)
         else:
             remove(path)
 
@@ -237,7 +251,13 @@ def sync_folder(path: Path) -> None:
 
 
 def _staging_path(out: Path) -> Path:
-    return out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(8)}.hasten-tmp")
+    return out.with_name(f".{_stem(out)}.{os.getpid()}-{secrets.token_hex(8)}.hasten-tmp")
+
+
+def _stem(out: Path) -> str:
+    """The name of a place in staging names; its hash where it leaves no room for what those add."""
+    name = os.fsencode(out.name)
+    return out.name if len(name) <= _LONGEST else sha256_bytes(name)
 
 
 def _lock(path: Path) -> int:
@@ -325,11 +345,45 @@ def _two_renames(staged: Path, out: Path) -> None:
     Raises:
         OSError: The system refuses; ``out`` is what it was.
     """
-    aside = staged.with_suffix(".hasten-old")
+    aside = _aside(staged)
     out.rename(aside)
     try:
         staged.rename(out)
-    except OSError:
+    finally:
+        _put_back(aside, out)
+
+
+def _aside(staged: Path) -> Path:
+    return staged.with_suffix(".hasten-old")
+
+
+def _put_back(aside: Path, out: Path) -> None:
+    """Put what was moved aside back where nothing came after it; delete it where something did.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    if os.path.lexists(out):
+        remove(aside)
+    else:
         aside.rename(out)
-        raise
-    aside.rename(staged)
+
+
+def _tidy(staged: Path, out: Path) -> None:
+    """Leave nothing under the names of a writer that ends. What cannot be tidied is left to the next one."""
+    aside = _aside(staged)
+    if os.path.lexists(aside):
+        with contextlib.suppress(OSError):
+            _put_back(aside, out)
+    remove(staged)
+    _unfinished.pop(staged, None)
+
+
+@atexit.register
+def _tidy_unfinished() -> None:
+    for staged, out in [*_unfinished.items()]:
+        _tidy(staged, out)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unfinished.clear)  # what the parent writes is not the child's to delete

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from artifacts.errors import DataError, HastenError, OutputError, ProviderError, UsageError
+from artifacts.swap import staged_file
 
 from .tasks.base import Record, Task
 
@@ -113,22 +113,10 @@ def write_rows(rows: Iterable[Mapping[str, object]], path: Path) -> int:
         if target.exists() and not target.is_file():
             with target.open("wb") as file:
                 return _write(rows, file)
-        return _write_atomically(rows, target)
+        with staged_file(target) as file:
+            return _write(rows, file)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}", "Name a file in a writable folder") from error
-
-
-def _write_atomically(rows: Iterable[Mapping[str, object]], target: Path) -> int:
-    staged = target.with_name(f".{target.name[:128]}.{os.getpid()}-{os.urandom(4).hex()}.hasten-tmp")
-    try:
-        with staged.open("xb") as file:
-            count = _write(rows, file)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
-    return count
 
 
 def _write(rows: Iterable[Mapping[str, object]], file: BinaryIO) -> int:

@@ -1,12 +1,14 @@
-"""Kills writers, at every line they run or at random times, and looks at what they leave. Run as a program:
+"""Kills or interrupts writers, at every line they run or at random times, and looks at what they leave. A program:
 
     killer.py FOLDER ACTION SCHEDULE
 
-Prints one JSON object. It forks, so it must not run inside pytest, where libraries have threads.
+SCHEDULE is lines, times (both kill) or interrupts (at every line, and at every return). Prints one JSON object. It
+forks, so it must not run inside pytest, where libraries have threads.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
@@ -29,6 +31,7 @@ from artifacts.pack import pack, unpack
 
 TRACED = ("artifacts/bundle.py", "artifacts/swap.py", "artifacts/pack.py", "shutil.py")
 STRIDE = 12
+INTERRUPTED = 130
 
 
 def commit(out: Path) -> None:
@@ -57,16 +60,25 @@ ACTIONS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def kill_at_line(number: int) -> None:
-    """Have this process killed at a line: each line of swap.py has its number, and each 12th of the rest."""
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def strike_at_line(number: int, strike: Callable[[], None], events: tuple[str, ...]) -> None:
+    """Have this process struck at a line: each line of swap.py has its number, and each 12th of the rest."""
     left = number * STRIDE
 
     def on_line(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if event == "line":
+        if event in events:
             left -= STRIDE if frame.f_code.co_filename.endswith("swap.py") else 1
             if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                sys.settrace(None)
+                strike()
         return on_line
 
     def on_call(frame: FrameType, event: str, _: Any) -> Any:
@@ -75,21 +87,33 @@ def kill_at_line(number: int) -> None:
     sys.settrace(on_call)
 
 
-def killed(action: str, out: Path, point: float, schedule: str) -> bool:
-    """Run the action in a child and kill it there; False if it ended before."""
+def act(action: str, out: Path, point: float, schedule: str) -> int:
+    """Do the action until struck; the exit code. What Python does at its end is done."""
+    if schedule == "lines":
+        strike_at_line(int(point), kill, ("line",))
+    elif schedule == "interrupts":
+        strike_at_line(int(point), interrupt, ("line", "return"))
+    try:
+        ACTIONS[action](out)
+    except KeyboardInterrupt:
+        atexit._run_exitfuncs()
+        return INTERRUPTED
+    sys.settrace(None)
+    return 0
+
+
+def struck(action: str, out: Path, point: float, schedule: str) -> bool:
+    """Run the action in a child and strike it there; False if it ended before."""
     child = os.fork()
     if child == 0:
-        if schedule == "lines":
-            kill_at_line(int(point))
-        ACTIONS[action](out)
-        os._exit(0)
+        os._exit(act(action, out, point, schedule))
     if schedule == "times":
         time.sleep(point)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) not in (0, INTERRUPTED):
         raise SystemExit("the writer failed by itself")
-    return os.WIFSIGNALED(status)
+    return status != 0
 
 
 def state(out: Path) -> str:
@@ -111,7 +135,10 @@ def state(out: Path) -> str:
 
 
 def trial(root: Path, action: str, point: float, schedule: str) -> tuple[bool, str, str, list[str]]:
-    """One killing: whether it was one, what is there then, what after the next writer began, and what lies about."""
+    """One strike: whether it was one, what is there then, what after the next writer began, and what lies about.
+
+    What an interrupted writer leaves is looked at before the next one tidies, of the others after.
+    """
     base = root / "trial"
     base.mkdir()
     out = base / "out"
@@ -119,8 +146,9 @@ def trial(root: Path, action: str, point: float, schedule: str) -> tuple[bool, s
         shutil.copyfile(root / "old.hasten", out)
     elif action != "first":
         shutil.copytree(root / "old", out)
-    was_killed = killed(action, out, point, schedule)
+    was_struck = struck(action, out, point, schedule)
     then = state(out)
+    left = bundle_builders.leftovers(out) if schedule == "interrupts" else []
     if action == "pack":
         with swap.staged_file(out) as file:
             file.write(b"")
@@ -128,9 +156,9 @@ def trial(root: Path, action: str, point: float, schedule: str) -> tuple[bool, s
     else:
         with BundleWriter(out):
             after = state(out)
-    left = bundle_builders.leftovers(out)
+    left += bundle_builders.leftovers(out)
     shutil.rmtree(base)
-    return was_killed, then, after, left
+    return was_struck, then, after, left
 
 
 EXPECTED: dict[str, Any] = {}
@@ -158,13 +186,13 @@ def main(folder: str, action: str, schedule: str) -> None:
     then: Counter[str] = Counter()
     after: Counter[str] = Counter()
     left: list[str] = []
-    if schedule == "lines":
-        points: Any = range(1_000_000)
+    if schedule == "times":
+        points: Any = [random.Random(index).uniform(0, 0.02) for index in range(60)]
     else:
-        points = [random.Random(index).uniform(0, 0.02) for index in range(60)]
+        points = range(1_000_000)
     for point in points:
-        was_killed, now, later, lying = trial(root, action, point, schedule)
-        if schedule == "lines" and not was_killed:
+        was_struck, now, later, lying = trial(root, action, point, schedule)
+        if schedule != "times" and not was_struck:
             break
         then[now] += 1
         after[later] += 1

@@ -58,6 +58,16 @@ def test_w1_killed_without_exchange(fast_folder):
     assert set(found["after"]) == {"old", "new"}
 
 
+@pytest.mark.parametrize("action", ["commit", "first", "without-exchange", "prove", "unpack", "pack"])
+def test_w1_interrupted(fast_folder, action):
+    found = kill(fast_folder, action, "interrupts")
+    before = "nothing" if action == "first" else "old"
+    assert set(found["then"]) == {before, "new"}
+    assert found["after"] == found["then"]
+    assert found["then"][before] > 20
+    assert found["left"] == []
+
+
 def test_w1_killed_at_random_times(fast_folder):
     found = kill(fast_folder, "commit", "times")
     assert set(found["then"]) <= {"old", "new"}
@@ -118,6 +128,21 @@ def test_what_was_moved_aside_is_put_back(tmp_path):
     with BundleWriter(out):
         assert open_bundle(out) == old
     assert leftovers(out) == []
+
+
+def test_names_that_leave_no_room_for_more(tmp_path):
+    out = tmp_path / ("a" * 255)
+    for name in ("old", "new"):
+        bundle = write_bundle(out, name)
+        assert open_bundle(out) == bundle
+    killed = swap._staging_path(out)
+    killed = killed.with_name(killed.name.replace(f".{os.getpid()}-", f".{a_dead_pid()}-"))
+    killed.mkdir()
+    with BundleWriter(out):
+        assert not killed.exists()
+    with swap.staged_file(tmp_path / ("b" * 255)) as file:
+        file.write(b"whole")
+    assert {path.name[:1] for path in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_without_exchange(tmp_path, monkeypatch):
@@ -261,7 +286,7 @@ def test_places_that_cannot_be(tmp_path):
     for place, match in (
         (tmp_path / "absent/out", "does not exist"),
         (tmp_path / "file/out", "is no folder"),
-        (tmp_path / ("x" * 250), "too long"),
+        (tmp_path / ("x" * 256), "too long"),
     ):
         with pytest.raises(OutputError, match=match), BundleWriter(place):
             pass
