@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from hasten import interrupts
+
 _OURS = ("artifacts", "passes", "runtimes", "compiler")
 _NOT_INSTALLED = 10
 
@@ -21,6 +23,7 @@ def main() -> None:
             remedy = f"Take {Path(places[0]).parent} off PYTHONPATH, or install hasten in an environment of its own"
             sys.stderr.write(f"hasten: the package {name!r} comes from {places[0]}, not from {home}. {remedy}\n")
             sys.exit(_NOT_INSTALLED)
+    interrupts.install()
     import_module("hasten.cli").main()
 
 

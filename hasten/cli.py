@@ -6,7 +6,6 @@ import gc
 import importlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import traceback
@@ -17,7 +16,7 @@ import click
 
 from artifacts.errors import HastenError, InstallationError, OutputError, UsageError
 
-from . import __version__
+from . import __version__, interrupts
 
 COMMANDS = {
     "compile": ("make", "compile_command"),
@@ -83,7 +82,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, or the code that artifacts/errors.py states for the error."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that staging folders go, as on Ctrl-C
+    interrupts.install()
     code = _run(arguments)
     gc.freeze()  # torch leaves a million objects, and a collector that would look at each once more before the end
     sys.exit(code)
@@ -98,6 +97,7 @@ def _run(arguments: list[str] | None) -> int:
         click.echo(error.format_message(), err=True)
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
+        interrupts.forget()
         click.echo("hasten: interrupted; nothing was left half-written", err=True)
         return INTERRUPTED
     except ReaderGoneError:
