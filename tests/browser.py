@@ -21,6 +21,7 @@ from runtimes.closing import Closing
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PATIENCE = 60.0
+_BETWEEN_PAGES = ("execution context", "Execution context", "navigated or closed")
 
 
 def find_browser() -> str:
@@ -29,6 +30,10 @@ def find_browser() -> str:
     if found is None:
         pytest.skip("there is no Chromium here")
     return found
+
+
+class BetweenPagesError(AssertionError):
+    """One page goes and another comes: nothing can be asked of either."""
 
 
 class Browser(Closing):
@@ -97,6 +102,8 @@ class Browser(Closing):
         while True:
             told = self._receive(until)
             if told.get("id") == number:
+                if "error" in told and any(part in told["error"]["message"] for part in _BETWEEN_PAGES):
+                    raise BetweenPagesError(told["error"])
                 assert "error" not in told, told["error"]
                 result: dict[str, Any] = told["result"]
                 return result
@@ -118,8 +125,9 @@ class Browser(Closing):
         """The value of an expression once it is true."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if value := self.run(script):
-                return value
+            with suppress(BetweenPagesError):
+                if value := self.run(script):
+                    return value
             time.sleep(0.05)
         text = self.run("document.body.innerText")
         raise AssertionError(f"never true: {script}\nthe page says:\n{text}\nthe console says: {self.said}")

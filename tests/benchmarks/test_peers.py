@@ -64,7 +64,8 @@ def test_a_peer_tries_its_settings_and_times_the_best(example: list[str], tmp_pa
         timed = peer.ask("time", {"batch": 2, "length": 8, "seconds": 0.02})
         assert timed["chosen"] == "quick"
         assert timed["tried"]["slow"] >= 20.0
-        assert all(0.002 <= seconds < 0.02 for seconds in timed["seconds"])
+        assert min(timed["seconds"]) >= 0.002
+        assert np.median(timed["seconds"]) < 0.02
         out = tmp_path / "vectors.npy"
         embedded = peer.ask("embed", {"texts": str(texts), "out": str(out)})
         assert sorted(embedded["tried"]) == [f"{name}, {batch} rows" for name in ("quick", "slow") for batch in (2, 4)]

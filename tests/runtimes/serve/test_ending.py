@@ -60,6 +60,13 @@ class Asking(threading.Thread):
             self.failure = error
 
 
+def wait_until_accepted(web: httpx.Client, count: int) -> None:
+    end = time.monotonic() + 20.0
+    while f'hasten_engine_requests_accepted_total{{model="llm"}} {count}.0' not in web.get("/metrics").text:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_ends_at_once(bundle: Path, number: int) -> None:
     with started(bundle) as server:
@@ -72,7 +79,7 @@ def test_accepted_work_is_finished_and_new_work_is_refused(bundle: Path) -> None
     with started(bundle) as server, httpx.Client(base_url=server.url, timeout=30.0) as web:
         streamed, whole = Asking(server, {**LONG, "stream": True}), Asking(server, {**LONG, "max_tokens": 700})
         assert streamed.begun.wait(20.0)
-        time.sleep(0.1)
+        wait_until_accepted(web, 2)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("ending")
         ready = web.get("/readyz")
@@ -91,10 +98,10 @@ def test_accepted_work_is_finished_and_new_work_is_refused(bundle: Path) -> None
 
 
 def test_work_that_takes_too_long_is_given_up_and_told(bundle: Path) -> None:
-    with started(bundle, "--drain", "0.5") as server:
+    with started(bundle, "--drain", "0.5") as server, httpx.Client(base_url=server.url, timeout=30.0) as web:
         streamed, whole = Asking(server, {**ENDLESS, "stream": True}), Asking(server, ENDLESS)
         assert streamed.begun.wait(20.0)
-        time.sleep(0.2)
+        wait_until_accepted(web, 2)
         assert server.end() == 11
         whole.join(20.0)
         assert (whole.status, '"code":"ending"' in whole.text) == (503, True)
