@@ -243,15 +243,20 @@ class TestSlowness:
         assert any(seconds_beside_them() < BODY_SECONDS for _ in range(3))
 
     def test_more_connections_than_there_may_be(self, server: Server) -> None:
-        held = [server.connect() for _ in range(64)]
-        try:
-            time.sleep(0.2)
-            with server.connect() as one:
-                assert status_and_code(read_all(one)) == (503, "overloaded")
-        finally:
-            for client in held:
-                client.close()
-        time.sleep(0.2)
+        """Of three times: where this machine stalls for HEAD_SECONDS, those that say nothing are gone again."""
+
+        def one_more() -> tuple[int, str]:
+            held = [server.connect() for _ in range(64)]
+            try:
+                time.sleep(0.2)
+                with server.connect() as one:
+                    return status_and_code(read_all(one))
+            finally:
+                for client in held:
+                    client.close()
+                time.sleep(0.2)
+
+        assert any(one_more() == (503, "overloaded") for _ in range(3))
 
 
 class TestHeaders:

@@ -22,12 +22,17 @@ from runtimes.serve.options import ServeOptions
 PATHS = ("/v1/embeddings", "/v2/models/m/infer")
 
 
+Found = tuple[list[httpx.Response], list[httpx.Response], httpx.Response, list[dict[str, Any]]]
+
+
 async def read(request: Request) -> PlainTextResponse:
-    return PlainTextResponse(str(len(await request.body())))
+    body = await request.body()
+    time.sleep(float(request.headers.get("x-busy", 0.0)))
+    return PlainTextResponse(str(len(body)))
 
 
-def asked(lateness: float) -> tuple[list[httpx.Response], list[httpx.Response], httpx.Response, list[dict[str, Any]]]:
-    """(POSTs while the loop is that late, POSTs afterwards, a health check while it is late, what was logged)."""
+def asked(before: int, lateness: float) -> Found:
+    """(POSTs when so many before them took that long together, POSTs afterwards, a health check, what was logged)."""
     told = io.StringIO()
     app = Starlette(routes=[Route(path, read, methods=["GET", "POST"]) for path in (*PATHS, "/healthz")])
 
@@ -39,8 +44,8 @@ def asked(lateness: float) -> tuple[list[httpx.Response], list[httpx.Response], 
 
     async def work() -> tuple[list[httpx.Response], list[httpx.Response], httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
-            await client.post(PATHS[0], content=b"first")
-            time.sleep(lateness)
+            busy = {"x-busy": str(lateness / before)}
+            await asyncio.gather(*(client.post(PATHS[0], content=b"first", headers=busy) for _ in range(before)))
             await asyncio.sleep(0.02)
             late = [await client.post(path, content=b"abc") for path in PATHS]
             health = await client.get("/healthz")
@@ -56,7 +61,7 @@ def asked(lateness: float) -> tuple[list[httpx.Response], list[httpx.Response], 
 
 
 def test_a_server_that_is_behind_refuses_unread() -> None:
-    late, after, health, lines = asked(0.5)
+    late, after, health, lines = asked(20, 0.5)
     assert [one.status_code for one in late] == [429, 429]
     assert late[0].json()["error"]["code"] == "overloaded"
     assert "than the server can read" in late[1].json()["error"]
@@ -67,7 +72,7 @@ def test_a_server_that_is_behind_refuses_unread() -> None:
     assert sum(line["requests"] for line in lines if line["event"] == "shed") >= 2
 
 
-def test_a_server_in_time_refuses_nobody() -> None:
-    late, after, _, lines = asked(0.0)
+def test_a_server_that_was_held_up_by_others_refuses_nobody() -> None:
+    late, after, _, lines = asked(1, 0.5)
     assert [one.status_code for one in (*late, *after)] == [200] * 4
     assert not [line for line in lines if line["event"] == "shed"]
