@@ -82,11 +82,13 @@ class Gate:
             await self._fail(exchange, _ending("the server ended before the answer was there"))
         except Exception as error:  # noqa: BLE001 - the last resort: a client sees JSON, and the log where it was
             await self._fail(exchange, error)
+            error.__traceback__ = None  # it holds frames that hold the work that holds the error
         finally:
             if exchange.failure is not None:
                 self._note(exchange, exchange.failure)
             if exchange.path not in QUIET:
                 self._log("request", {**exchange.line(), **({"cut": "the client left"} if gone else {})})
+            del scope["state"]["exchange"]  # what holds itself waits for the collector
 
     async def _answer(self, scope: Scope, receive: Receive, exchange: Exchange) -> bool:
         """Answer, or raise why not; whether the client left before the end."""
