@@ -38,6 +38,7 @@ class Pending(Generic[Value]):
         except Exception as error:  # noqa: BLE001 - raised again by `result`
             self._error = error
         finally:
+            del self._work  # often it holds who asked for it, who holds this
             self._done.release()
 
     def result(self) -> Value:
