@@ -31,6 +31,8 @@ _DISCARD = 2.0
 _CLOSE = {"connection": "close"}
 _LONG_WAIT = 0.25
 """Seconds in the queues of all models from which on a server that is a little behind refuses unread."""
+_COMPANY = 8
+"""Requests in work from which on a delay may be of their making. With fewer the machine had other things to do."""
 _HELD_BODIES = 16
 """As many of the largest bodies may be held at once."""
 
@@ -65,7 +67,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "POST" and self._lag.late(self._queued):
+        if scope["method"] == "POST" and self._lag.late(self._queued) and self.load.requests >= _COMPANY:
             await self._shed(scope["path"], send)
             return
         exchange = Exchange(scope, send, self._options.write_timeout)

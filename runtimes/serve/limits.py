@@ -84,31 +84,26 @@ class Lag:
 
     A request that is refused costs work too. Where more come than can be read, those that wait unread in the system's
     buffers are refused by nobody; so the more is refused before it is read, until the loop is in time again. Where what
-    was read waits for long as it is, nothing is lost by that, and a smaller delay is enough. A delay in which few asked
-    is not of their making: the machine had other things to do, and refusing them would not help.
+    was read waits for long as it is, nothing is lost by that, and a smaller delay is enough.
 
     Args:
         most: Seconds of delay from which on it is late.
         some: The same where there is a long queue.
-        few: Requests of a delay that may have made it.
     """
 
-    def __init__(self, most: float = 0.04, some: float = 0.01, few: int = 8) -> None:
+    def __init__(self, most: float = 0.04, some: float = 0.01) -> None:
         self._most = most
         self._some = some
-        self._few = few
-        self._asked = 0
         self._delay = 0.0
         self._seen = 0.0
         self._pending = False
 
     def late(self, queued: Callable[[], bool] = lambda: False) -> bool:
-        """Whether it is late, asked once for each request; ``queued`` tells whether there is a long queue.
+        """Whether it is late; ``queued`` tells whether there is a long queue.
 
         It looks soon after it was asked, and only then: idle processes run no clock.
         """
         loop = asyncio.get_running_loop()
-        self._asked += 1
         if not self._pending:
             self._pending = True
             loop.call_later(_TICK, self._tick, loop.time() + _TICK)
@@ -117,8 +112,6 @@ class Lag:
     def _tick(self, due: float) -> None:
         loop = asyncio.get_running_loop()
         now, self._pending = loop.time(), False
-        delay = now - due if self._asked >= self._few else 0.0
         # An old delay says nothing of now; in between the latest weigh most.
         kept = 0.7 if now - self._seen < 10 * _TICK else 0.0
-        self._delay, self._seen = kept * self._delay + (1.0 - kept) * delay, now
-        self._asked = 0
+        self._delay, self._seen = kept * self._delay + (1.0 - kept) * (now - due), now

@@ -27,12 +27,14 @@ Found = tuple[list[httpx.Response], list[httpx.Response], httpx.Response, list[d
 
 async def read(request: Request) -> PlainTextResponse:
     body = await request.body()
-    time.sleep(float(request.headers.get("x-busy", 0.0)))
+    if busy := float(request.headers.get("x-busy", 0.0)):
+        time.sleep(busy)
+        await request.app.state.release.wait()
     return PlainTextResponse(str(len(body)))
 
 
 def asked(before: int, lateness: float) -> Found:
-    """(POSTs when so many before them took that long together, POSTs afterwards, a health check, what was logged)."""
+    """(POSTs beside so many that took that long together, POSTs afterwards, a health check, what was logged)."""
     told = io.StringIO()
     app = Starlette(routes=[Route(path, read, methods=["GET", "POST"]) for path in (*PATHS, "/healthz")])
 
@@ -44,11 +46,15 @@ def asked(before: int, lateness: float) -> Found:
 
     async def work() -> tuple[list[httpx.Response], list[httpx.Response], httpx.Response]:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
+            app.state.release = asyncio.Event()
             busy = {"x-busy": str(lateness / before)}
-            await asyncio.gather(*(client.post(PATHS[0], content=b"first", headers=busy) for _ in range(before)))
-            await asyncio.sleep(0.02)
+            beside = [client.post(PATHS[0], content=b"first", headers=busy) for _ in range(before)]
+            held = asyncio.gather(*beside)
+            await asyncio.sleep(lateness + 0.02)
             late = [await client.post(path, content=b"abc") for path in PATHS]
             health = await client.get("/healthz")
+            app.state.release.set()
+            await held
             await asyncio.sleep(1.2)
             for _ in range(100):
                 after = [await client.post(path, content=b"abc") for path in PATHS]
