@@ -1,6 +1,6 @@
 """The load generator: clients in a process of their own that send requests to a server and time the answers.
 
-    python benchmarks/load_generator.py SPECIFICATION.json     prints the results as JSON
+    python benchmarks/load_generator.py SPECIFICATION.json     puts the results, as JSON, in its place
 
 Closed load: each client sends its next request when the last is answered. Open load: requests start at random moments
 (a Poisson process) at a rate that does not care how the server does. HTTP/1.1 over kept connections, parsed by hand: a
@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 try:
     import uvloop
@@ -108,15 +109,18 @@ def start(load: Load) -> subprocess.Popen[bytes]:
     """Begin in a process of its own; see `result`."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False, encoding="utf-8") as file:
         json.dump(dataclasses.asdict(load), file)
-    return subprocess.Popen([sys.executable, __file__, file.name], stdout=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, __file__, file.name])
 
 
 def result(process: subprocess.Popen[bytes]) -> Outcome:
     """Wait for what `start` began."""
-    out = process.communicate()[0]
-    if process.returncode:
-        raise SystemExit("the load generator failed")
-    return Outcome(**json.loads(out))
+    path = Path(cast("Sequence[str]", process.args)[-1])
+    try:
+        if process.wait():
+            raise SystemExit("the load generator failed")
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    finally:
+        path.unlink()
 
 
 def run(load: Load) -> Outcome:
@@ -288,13 +292,12 @@ def main() -> None:
     """Run the specification."""
     path = Path(sys.argv[1])
     load = Load(**json.loads(path.read_text(encoding="utf-8")))
-    path.unlink()
     # What this process takes from the machine, and how long it stops, is not the server's doing.
     gc.disable()
     factory = None if uvloop is None else uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         outcome = runner.run(Generator(load).run())
-    print(json.dumps(dataclasses.asdict(outcome)))
+    path.write_text(json.dumps(dataclasses.asdict(outcome)), encoding="utf-8")
 
 
 if __name__ == "__main__":
