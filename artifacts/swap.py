@@ -93,7 +93,7 @@ class Staging:
             raise output_error(error, self.out) from error
 
     def swap(self) -> None:
-        """Put the folder in its place. What was there goes when the context is left, if not before.
+        """Put the folder in its place. Afterwards the staging name holds what was there, if anything was.
 
         Raises:
             OutputError: The system refuses; the place holds what it held.
@@ -350,7 +350,7 @@ def _two_renames(staged: Path, out: Path) -> None:
     try:
         staged.rename(out)
     finally:
-        _put_back(aside, out)
+        aside.rename(staged if os.path.lexists(out) else out)
 
 
 def _aside(staged: Path) -> Path:
