@@ -60,6 +60,7 @@ class Trial:
         why_refused: The first of them, with the reason.
         required: Whether the target cannot run the graph without it: then its speed does not matter.
         wished: Whether the user asked for it by name: then its speed is measured, and decides nothing.
+        cleaning: Whether it is the form that all other passes are written for: then likewise.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Trial:
     why_refused: str = ""
     required: bool = False
     wished: bool = False
+    cleaning: bool = False
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,10 @@ class Search:
         candidate = best.rewritten(model, self.folder, results)
         speed = all(a_pass.purpose is Purpose.SPEED for a_pass in passes)
         required = not self._runnable(best)
-        return Trial(_label(stage), candidate, is_lossy(passes), speed, changed, refused, why, required)
+        cleaning = stage.passes == CLEAN
+        return Trial(
+            _label(stage), candidate, is_lossy(passes), speed, changed, refused, why, required, cleaning=cleaning
+        )
 
     def _runnable(self, candidate: Candidate) -> bool:
         """Whether the target knows every operator of the graph."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,15 @@ def test_slower_is_reverted(judged: Judged, enthroned: Judge, monkeypatch: pytes
     verdict, asked = timed(enthroned, judged, monkeypatch, LOSS - 0.01, must_gain=False)
     assert not verdict.kept
     assert len(asked) > 1, "a close call takes more rounds"
+
+
+def test_the_form_that_others_build_on_stays_though_it_is_timed_slower(
+    judged: Judged, fresh: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a small model the memory that a process was given decides: a hundredth, for as long as it lives."""
+    monkeypatch.setattr("compiler.judge.interleave", crafted(0.9))
+    verdict = fresh.judge(replace(trial(judged.candidate()), cleaning=True))
+    assert (verdict.kept, verdict.reason) == (True, "0.90x: the other passes build on it")
 
 
 def test_as_fast_stays_where_speed_is_not_the_purpose(

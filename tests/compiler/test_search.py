@@ -23,6 +23,7 @@ from passes.base import Context, Effect, Outcome, Pass, Purpose
 from passes.observers import Verifying
 from passes.pipeline import Pipeline, parse
 from passes.quantize import DynamicInt8
+from passes.registry import CLEAN
 from passes.sites import linear_sites
 
 
@@ -203,6 +204,20 @@ def test_a_slower_stage_leaves_the_graph_as_it_was(
     assert best is base
     assert all(reason.startswith("0.80x: slower") for _, _, reason in told(quick))
     assert base.graph.path.read_bytes() == judged.candidate().graph.path.read_bytes()
+
+
+def test_a_clean_graph_stays_though_it_is_timed_slower(
+    judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compiler.judge.interleave", crafted(0.9))
+    base = judged.candidate()
+    with judged.judge() as judge:
+        judge.enthrone(base)
+        search = judged.search(judge, tmp_path / "reproducer")
+        best = search.walk(base, [one(*CLEAN), one(Rename())], tune=False)
+    assert set(best.pipeline.passes) <= set(CLEAN)
+    assert best is not base
+    assert [reason for _, _, reason in told(search)] == ["0.90x: the other passes build on it", "0.90x: slower"]
 
 
 def test_load_time_fusions_are_judged_where_they_show(judged: Judged, quick: Search) -> None:
