@@ -171,7 +171,7 @@ def test_slower_is_reverted(judged: Judged, enthroned: Judge, monkeypatch: pytes
 def test_the_form_that_others_build_on_stays_though_it_is_timed_slower(
     judged: Judged, fresh: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a small model the memory that a process was given decides: a hundredth, for as long as it lives."""
+    """A small model is timed a hundredth slower by luck now and then, and nothing would be found in it afterwards."""
     monkeypatch.setattr("compiler.judge.interleave", crafted(0.9))
     verdict = fresh.judge(replace(trial(judged.candidate()), cleaning=True))
     assert (verdict.kept, verdict.reason) == (True, "0.90x: the other passes build on it")
