@@ -59,8 +59,7 @@ class Trial:
         refused: How many places were left alone.
         why_refused: The first of them, with the reason.
         required: Whether the target cannot run the graph without it: then its speed does not matter.
-        wished: Whether the user asked for it by name: then its speed is measured, and decides nothing.
-        cleaning: Whether it is the form that all other passes are written for: then likewise.
+        regardless: Why it stays whatever its speed, which is measured all the same; empty: its speed decides.
     """
 
     name: str
@@ -71,8 +70,7 @@ class Trial:
     refused: int = 0
     why_refused: str = ""
     required: bool = False
-    wished: bool = False
-    cleaning: bool = False
+    regardless: str = ""
 
 
 @dataclass(frozen=True)

@@ -147,9 +147,9 @@ class Judge(AbstractContextManager["Judge"]):
         timings = self._compare(reigning, worker, trial.must_gain)
         ratio = timings.ratio("before", "after")
         pays = ratio.low > 1.0 and ratio.median >= GAIN if trial.must_gain else ratio.high >= LOSS
-        kept = pays or trial.wished or trial.cleaning
-        why = ": asked for" if trial.wished else ": the other passes build on it"
-        verb = "" if pays else why if kept else ": not faster" if trial.must_gain else ": slower"
+        missed = trial.regardless or ("not faster" if trial.must_gain else "slower")
+        verb = "" if pays else f": {missed}"
+        kept = pays or bool(trial.regardless)
         ms = timings.ms("after", len(self.evidence.trial_feeds) - 1)
         return Verdict(kept, f"{ratio.median:.2f}x{verb}", candidate, ratio.median, ms)
 

@@ -148,7 +148,7 @@ class Search:
         if trial is None or idle:
             what, why = Pipeline(tuple(idle[:1])), self._idle[idle[0]]
             raise UnsupportedError(f"{what} finds nothing to act on{why and f': {why}'}", "Leave it out")
-        verdict = self._try(replace(trial, name=str(self.wish), wished=True))
+        verdict = self._try(replace(trial, name=str(self.wish), regardless="asked for"))
         if verdict.kept:
             return verdict.candidate
         remedy = "Ask for less, or give more representative --data"
@@ -226,10 +226,8 @@ class Search:
         candidate = best.rewritten(model, self.folder, results)
         speed = all(a_pass.purpose is Purpose.SPEED for a_pass in passes)
         required = not self._runnable(best)
-        cleaning = stage.passes == CLEAN
-        return Trial(
-            _label(stage), candidate, is_lossy(passes), speed, changed, refused, why, required, cleaning=cleaning
-        )
+        basis = "the other passes build on it" if stage.passes == CLEAN else ""
+        return Trial(_label(stage), candidate, is_lossy(passes), speed, changed, refused, why, required, basis)
 
     def _runnable(self, candidate: Candidate) -> bool:
         """Whether the target knows every operator of the graph."""

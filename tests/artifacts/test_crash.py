@@ -42,9 +42,18 @@ def fast_folder(tmp_path):
         yield Path(folder)
 
 
-@pytest.mark.parametrize("action", ["commit", "first", "prove", "unpack", "pack"])
-def test_w1_killed(fast_folder, action):
-    found = kill(fast_folder, action, "lines")
+ACTIONS = ("commit", "first", "prove", "unpack", "pack")
+
+
+@pytest.mark.parametrize(
+    ("action", "schedule"),
+    [
+        *((action, "lines") for action in ACTIONS),
+        *((action, "interrupts") for action in (*ACTIONS, "without-exchange")),
+    ],
+)
+def test_w1_killed_or_interrupted(fast_folder, action, schedule):
+    found = kill(fast_folder, action, schedule)
     before = "nothing" if action == "first" else "old"
     assert set(found["then"]) == {before, "new"}
     assert found["after"] == found["then"]
@@ -56,16 +65,6 @@ def test_w1_killed_without_exchange(fast_folder):
     found = kill(fast_folder, "without-exchange", "lines")
     assert {"old", "new"} <= set(found["then"]) <= {"old", "new", "nothing"}
     assert set(found["after"]) == {"old", "new"}
-
-
-@pytest.mark.parametrize("action", ["commit", "first", "without-exchange", "prove", "unpack", "pack"])
-def test_w1_interrupted(fast_folder, action):
-    found = kill(fast_folder, action, "interrupts")
-    before = "nothing" if action == "first" else "old"
-    assert set(found["then"]) == {before, "new"}
-    assert found["after"] == found["then"]
-    assert found["then"][before] > 20
-    assert found["left"] == []
 
 
 def test_w1_killed_at_random_times(fast_folder):

@@ -129,8 +129,14 @@ class TestSizes:
 
     def test_a_client_that_waits_to_be_told_is_told_at_once(self, server: Server) -> None:
         head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**9}\r\n".encode()
-        # Later than BODY_SECONDS it would be told that its body is slow.
-        assert status_and_code(server.raw(head + b"Expect: 100-continue\r\n\r\n")) == (413, "body_too_large")
+
+        def seconds_until_told() -> float:
+            begin = time.monotonic()
+            assert status_and_code(server.raw(head + b"Expect: 100-continue\r\n\r\n")) == (413, "body_too_large")
+            return time.monotonic() - begin
+
+        # The best of three times: what else runs on this machine only makes it worse.
+        assert any(seconds_until_told() < 1.5 for _ in range(3))
 
     def test_a_real_client_sees_the_answer(self, server: Server) -> None:
         answer = httpx.post(f"{server.url}/v1/embeddings", content=b"x" * (8 << 20))
@@ -243,20 +249,26 @@ class TestSlowness:
         assert any(seconds_beside_them() < BODY_SECONDS for _ in range(3))
 
     def test_more_connections_than_there_may_be(self, server: Server) -> None:
-        """Of three times: where this machine stalls for HEAD_SECONDS, those that say nothing are gone again."""
+        """Again only where this machine stalled for HEAD_SECONDS: those that say nothing are gone by then."""
 
-        def one_more() -> tuple[int, str]:
+        def one_more() -> tuple[tuple[int, str | None], float]:
+            begin = time.monotonic()
             held = [server.connect() for _ in range(64)]
             try:
                 time.sleep(0.2)
                 with server.connect() as one:
-                    return status_and_code(read_all(one))
+                    seconds = time.monotonic() - begin
+                    return status_and_code(read_all(one)), seconds
             finally:
                 for client in held:
                     client.close()
                 time.sleep(0.2)
 
-        assert any(one_more() == (503, "overloaded") for _ in range(3))
+        for _ in range(3):
+            found, seconds = one_more()
+            if seconds < HEAD_SECONDS:
+                break
+        assert found == (503, "overloaded")
 
 
 class TestHeaders:
