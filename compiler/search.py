@@ -226,7 +226,7 @@ class Search:
         candidate = best.rewritten(model, self.folder, results)
         speed = all(a_pass.purpose is Purpose.SPEED for a_pass in passes)
         required = not self._runnable(best)
-        basis = "the other passes build on it" if stage.passes == CLEAN else ""
+        basis = "part of the reference" if stage.passes == CLEAN else ""
         return Trial(_label(stage), candidate, is_lossy(passes), speed, changed, refused, why, required, basis)
 
     def _runnable(self, candidate: Candidate) -> bool:

@@ -25,7 +25,11 @@ they make it slower.
 def markdown(registry: Sequence[type[Pass]] = REGISTRY) -> str:
     """The page: one section a pass, with its docstring and its options."""
     clean = "; ".join(format_pass(item) for item in CLEAN)
-    sections = [_HEAD, f"Clean-up runs `{clean}`.\n", *(_section(kind) for kind in registry)]
+    sections = [
+        _HEAD,
+        f"Clean-up runs `{clean}`. As a whole it is part of the reference, and stays whatever its speed.\n",
+        *(_section(kind) for kind in registry),
+    ]
     return "\n".join(sections)
 
 
