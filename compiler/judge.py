@@ -20,7 +20,8 @@ from .prove import LOSS
 GAIN = 1.01
 """A change whose purpose is speed stays if it is at least this much faster, in the lower quartile of the rounds too."""
 _TIERS = ((3, 0.10), (3, 0.03), (4, 0.0))
-"""Rounds to measure, and how far beyond the line the quartiles must lie for no more to be needed."""
+"""Rounds to measure, and how far beyond the line the quartiles must lie for no more to be needed. What is as close as
+that is measured in new processes: two of one graph can differ by 3 % for as long as they live (`Worker.restart`)."""
 DRIFT = 1.25
 """How much an exact change may add to the error of a quantized graph: it makes other values round the other way, which
 leaves an error of the same size in other places."""
@@ -159,6 +160,8 @@ class Judge(AbstractContextManager["Judge"]):
         for (_, margin), (more, _) in pairwise(_TIERS):
             if _decided(timings.ratio("before", "after"), must_gain, margin):
                 break
+            for worker in workers.values():
+                worker.restart()
             timings += interleave(workers, shapes, rounds=more, seconds=_SECONDS)
         return timings
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import psutil
 import pytest
-from judging import Judged, Scale, crafted
+from judging import Interleave, Judged, Scale, crafted
 from session_graphs import WIDTH, linear, weight
 
 from artifacts.errors import ProviderError
@@ -24,6 +24,7 @@ from compiler.metrics import Budget
 from compiler.tolerance import rounding_tolerance
 from passes.base import Context, Outcome, Pass
 from passes.pipeline import Pipeline
+from runtimes.client import Timings
 from runtimes.golden import Golden
 
 
@@ -49,9 +50,10 @@ def enthroned(judged: Judged) -> Iterator[Judge]:
     """For trials that must not stay."""
     with judged.judge() as judge:
         judge.enthrone(judged.candidate())
-        pid = alive(judge)
+        reigning = judge._reigning
         yield judge
-        assert alive(judge) == pid, "a rejected trial took the throne"
+        assert judge._reigning is reigning, "a rejected trial took the throne"
+        pid = alive(judge)
     assert not psutil.pid_exists(pid)
 
 
@@ -166,6 +168,36 @@ def test_slower_is_reverted(judged: Judged, enthroned: Judge, monkeypatch: pytes
     verdict, asked = timed(enthroned, judged, monkeypatch, LOSS - 0.01, must_gain=False)
     assert not verdict.kept
     assert len(asked) > 1, "a close call takes more rounds"
+
+
+def in_turn(*ratios: float) -> Interleave:
+    """Timings that differ from call to call: as if each pair of processes had its own luck."""
+    luck = iter(ratios)
+
+    def interleave(*given: object, **options: object) -> Timings:
+        return crafted(next(luck))(*given, **options)
+
+    return interleave
+
+
+@pytest.mark.parametrize(
+    ("must_gain", "ratios", "kept"),
+    [(False, (0.98, 1.0, 0.98), True), (False, (0.98, 0.98, 0.98), False), (True, (1.03, 0.99, 1.03), False)],
+)
+def test_a_close_call_is_measured_in_new_processes(
+    judged: Judged,
+    fresh: Judge,
+    monkeypatch: pytest.MonkeyPatch,
+    must_gain: bool,
+    ratios: tuple[float, ...],
+    kept: bool,
+) -> None:
+    before = alive(fresh)
+    monkeypatch.setattr("compiler.judge.interleave", in_turn(*ratios))
+    verdict = fresh.judge(trial(judged.candidate(), must_gain=must_gain))
+    assert verdict.kept is kept
+    assert not psutil.pid_exists(before)
+    assert fresh.operators_at_load(), "whichever reigns, it runs"
 
 
 def test_the_form_that_others_build_on_stays_though_it_is_timed_slower(

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from judging import Judged, faster
+from judging import Judged, crafted, faster
 
 from artifacts.bundle import Bundle
 from artifacts.errors import PassError, ProviderError
@@ -15,6 +15,7 @@ from artifacts.manifest import SessionOptions
 from artifacts.target import CPU, CPU_PROVIDER, CUDA, OPENVINO
 from compiler.recipe import Recipe
 from compiler.variant import Workshop
+from runtimes.client import Timings, Worker
 from runtimes.golden import relative_error
 from runtimes.providers import Probe
 
@@ -103,6 +104,22 @@ def test_one_shape_that_is_faster_keeps_it(workshop: Workshop, monkeypatch: pyte
     assert is_slower(slow)
     assert not is_slower((*slow[:2], built.proof.speed[2]))
     assert not is_slower(())
+
+
+def test_a_loss_is_raced_again_in_new_processes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids: set[int] = set()
+    luck = iter((0.97, 1.0))
+
+    def interleave(workers: Mapping[str, Worker], *given: object, **options: object) -> Timings:
+        pids.update(worker.pid for worker in workers.values())
+        return crafted(next(luck))(workers, *given, **options)
+
+    with faster(1.5):
+        monkeypatch.setattr("compiler.prove.interleave", interleave)
+        built = workshop.build(CPU, PLAIN, start=0.0, span=1.0)
+    assert len(pids) == 4
+    assert built.planned.precision == "int8", "it stays: the second time it was as fast"
+    assert all(speed.low < speed.ratio < speed.high for speed in built.proof.speed)
 
 
 def test_an_absent_target_is_unproven_and_never_timed(

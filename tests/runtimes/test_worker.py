@@ -115,6 +115,26 @@ def test_closing_twice_and_running_afterwards(tmp_path):
         worker.run({"x": rows()})
 
 
+def test_a_restart_loads_the_same_in_a_new_process(tmp_path):
+    off = SessionOptions(disabled_optimizers=("SkipLayerNormFusion",))
+    with Worker(skip_layer_norm(tmp_path / "m.onnx"), CPU_PROVIDER, options=off, threads=1) as worker:
+        before, inputs, outputs = worker.pid, worker.inputs, worker.outputs
+        worker.restart()
+        assert gone(before)
+        assert worker.pid != before
+        assert (worker.inputs, worker.outputs) == (inputs, outputs)
+        assert worker.optimized() == {"Add": 1, "LayerNormalization": 1}
+    assert gone(worker.pid)
+
+
+def test_a_restart_of_what_no_longer_loads(tmp_path):
+    with Worker(linear(tmp_path / "m.onnx"), CPU_PROVIDER) as worker:
+        (tmp_path / "m.onnx").unlink()
+        with pytest.raises(ProviderError, match="cannot load"):
+            worker.restart()
+        assert gone(worker.pid)
+
+
 PARENT = """
 import sys
 from pathlib import Path
