@@ -72,6 +72,8 @@ DECODER_PEERS = (
 
 SERVER_PEERS = (Entry("fastapi_sentence_transformers", "FastAPI + sentence-transformers"),)
 
+EVERY = (*PEERS, *DECODER_PEERS, *SERVER_PEERS)
+
 
 def home() -> Path:
     """Folder of the peers' environments: ``HASTEN_PEERS``, else one in the user's cache."""

@@ -14,18 +14,17 @@ import subprocess
 import sys
 import venv
 
-from catalogue import DECODER_PEERS, PEERS, home
+from catalogue import EVERY, home
 
 
 def main() -> int:
-    every = (*PEERS, *DECODER_PEERS)
-    names = [peer.name for peer in every]
+    names = [peer.name for peer in EVERY]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="*", metavar="PEER", help=", ".join(names))
     wanted = parser.parse_args().peers or names
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"no peer {unknown[0]!r}; there are {', '.join(names)}")
-    chosen = {peer.environment: peer for peer in every if peer.name in wanted}
+    chosen = {peer.environment: peer for peer in EVERY if peer.name in wanted}
     failed = []
     for environment, peer in chosen.items():
         folder = home() / environment

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from catalogue import DECODER_PEERS, HERE
+from catalogue import HERE
 from decoder import MEASURES, OURS, judge_speed, lines
 from gguf_file import _interleave
 from quality import write_lines
@@ -90,12 +90,6 @@ def test_the_lines_are_those_of_the_issue(race: Race) -> None:
     assert table["batch gain"] == pytest.approx(4.0, rel=0.4)
     goals = judge_speed("tiny", {"lines": table, "first_token": 0.5})
     assert [goal.met for goal in goals] == [True, True, True, True]
-
-
-def test_each_decoder_peer_has_a_script_and_requirements() -> None:
-    for peer in DECODER_PEERS:
-        assert peer.script.is_file()
-        assert peer.requirements.is_file()
 
 
 def test_a_recipe_of_the_benchmark_is_one() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from catalogue import HERE, PEERS, found
+from catalogue import EVERY, HERE, found
 from protocol import Tokenized, best_of, inputs, pool
 
 from artifacts.errors import ProviderError
@@ -133,7 +133,7 @@ def test_texts_come_back_in_their_order(tmp_path: Path) -> None:
     assert Counts(tmp_path).embed(texts, 2)[:, 0].tolist() == [3.0, 1.0, 0.0, 5.0, 2.0]
 
 
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", EVERY, ids=lambda peer: peer.name)
 def test_every_peer_has_a_script_and_requirements(
     peer: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -141,10 +141,15 @@ def test_every_peer_has_a_script_and_requirements(
     assert peer.requirements.is_file()
     assert not peer.requirements.read_text().startswith("-r")
     monkeypatch.setenv("HASTEN_PEERS", str(tmp_path))
-    assert peer not in found()
+    assert peer not in found(EVERY)
     peer.python.parent.mkdir(parents=True)
     peer.python.touch()
-    assert peer in found()
+    assert peer in found(EVERY)
+
+
+def test_every_script_is_installed_for() -> None:
+    """What has a requirements file of its own is a peer that `install.py` knows."""
+    assert {path.stem for path in HERE.glob("*.txt")} == {peer.name for peer in EVERY}
 
 
 def test_peers_import_nothing_of_hasten_and_hide_no_package() -> None:
