@@ -298,8 +298,8 @@ def main() -> int:
     if dev is None:
         return 1
     texts = list(dict.fromkeys(dev.sentences))
-    # STS-B stands by genre, captions of 33 characters and headlines of 100: sent as they stand, the load would rise and
-    # fall threefold every few seconds, and 80 % of the mean be more than can be done for half of the time.
+    # STS-B stands by genre, captions of 34 characters and headlines of 103: sent as they stand, the load would rise and
+    # fall threefold every few seconds, and 80 % of the mean be more than can be done while the headlines come.
     random.Random(0).shuffle(texts)
     with tempfile.TemporaryDirectory(prefix="hasten-benchmark-") as place:
         folder = Path(place)

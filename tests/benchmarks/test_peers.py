@@ -64,9 +64,10 @@ def test_a_peer_tries_its_settings_and_times_the_best(example: list[str], tmp_pa
         timed = peer.ask("time", {"batch": 2, "length": 8, "seconds": 0.02})
         assert timed["chosen"] == "quick"
         assert timed["tried"]["slow"] >= 20.0
-        again = (peer.ask("time", {"batch": 2, "length": 8, "seconds": 0.02}) for _ in range(2))
+        times = [timed, *(peer.ask("time", {"batch": 2, "length": 8, "seconds": 0.02}) for _ in range(2))]
+        assert all(min(one["seconds"]) >= 0.002 for one in times)
         # The best of three times: what else runs on this machine only makes it worse.
-        assert any(all(0.002 <= seconds < 0.02 for seconds in one["seconds"]) for one in (timed, *again))
+        assert any(max(one["seconds"]) < 0.02 for one in times)
         out = tmp_path / "vectors.npy"
         embedded = peer.ask("embed", {"texts": str(texts), "out": str(out)})
         assert sorted(embedded["tried"]) == [f"{name}, {batch} rows" for name in ("quick", "slow") for batch in (2, 4)]

@@ -27,14 +27,14 @@ interrupts.install()
 try:
     {work}
 except KeyboardInterrupt:
-    interrupts.forget()
+    {forget}
     print("interrupted", flush=True)
 sys.exit(3)
 """
 
 
-def end(folder: Path, work: str) -> tuple[int, list[str]]:
-    (folder / "program.py").write_text(PROGRAM.format(work=work))
+def end(folder: Path, work: str, forget: str = "interrupts.forget()") -> tuple[int, list[str]]:
+    (folder / "program.py").write_text(PROGRAM.format(work=work, forget=forget))
     done = subprocess.run(
         [sys.executable, "-m", "program"],
         cwd=folder,
@@ -59,6 +59,7 @@ def test_an_interrupt_is_at_once_elsewhere(tmp_path: Path) -> None:
 
 def test_an_interrupt_out_of_an_exec_does_not_change_the_exit_code(tmp_path: Path) -> None:
     assert end(tmp_path, "exec('raise KeyboardInterrupt')") == (3, ["interrupted"])
+    assert end(tmp_path, "exec('raise KeyboardInterrupt')", "pass") == (-signal.SIGINT, ["interrupted"])
 
 
 def test_what_was_ignored_stays_ignored(tmp_path: Path) -> None:
